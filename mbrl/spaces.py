@@ -1,0 +1,170 @@
+"""Spaces as plain data: sampling, validation, flattening to vectors, action scaling.
+
+Environments keep their own units; models and planners see flat float32 vectors and
+actions in `[-1, 1]`. The conversions live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl.types import Array, Box, Discrete, Key, MultiDiscrete, Space
+
+
+def box(low: Any, high: Any, shape: tuple[int, ...] | None = None, dtype: Any = np.float32) -> Box:
+    """Make a `Box`; scalars broadcast to `shape`.
+
+    Raises:
+      ValueError: when a lower bound exceeds its upper bound.
+    """
+    shape = tuple(np.shape(low) if shape is None else shape)
+    low = np.broadcast_to(np.asarray(low, np.float64), shape)
+    high = np.broadcast_to(np.asarray(high, np.float64), shape)
+    if np.any(low > high):
+        raise ValueError(f"box: low must not exceed high, got low={low}, high={high}")
+    return Box(shape, low, high, np.dtype(dtype))
+
+
+def zeros(space: Space, batch: tuple[int, ...] = ()) -> Any:
+    """Return an all-zero element of `space` with leading axes `batch`."""
+    match space:
+        case Box():
+            return jnp.zeros((*batch, *space.shape), space.dtype)
+        case Discrete():
+            return jnp.zeros(batch, jnp.int32)
+        case MultiDiscrete():
+            return jnp.zeros((*batch, len(space.nums)), jnp.int32)
+    return {name: zeros(sub, batch) for name, sub in space.items()}
+
+
+def sample(space: Space, key: Key, batch: tuple[int, ...] = ()) -> Any:
+    """Draw uniformly from a bounded space, leaves `[*batch, ...]`.
+
+    Raises:
+      ValueError: for a `Box` with a non-finite bound.
+    """
+    match space:
+        case Box():
+            low, high = finite_bounds(space, "space")
+            u = jax.random.uniform(key, (*batch, *space.shape))
+            return (low + (high - low) * u).astype(space.dtype)
+        case Discrete():
+            return jax.random.randint(key, batch, 0, space.num)
+        case MultiDiscrete():
+            return jax.random.randint(key, (*batch, len(space.nums)), 0, jnp.asarray(space.nums))
+    keys = jax.random.split(key, len(space))
+    return {name: sample(space[name], k, batch) for name, k in zip(sorted(space), keys, strict=True)}
+
+
+def finite_bounds(space: Box, name: str) -> tuple[Array, Array]:
+    """Return `(low, high)` as float32 arrays `[*shape]`.
+
+    Raises:
+      ValueError: naming `name` when a bound is not finite.
+    """
+    if not (np.all(np.isfinite(space.low)) and np.all(np.isfinite(space.high))):
+        raise ValueError(
+            f"{name}: bounds must be finite, got low={space.low}, high={space.high}; "
+            "wrap the environment so that its actions are bounded "
+            "(for example gymnasium.wrappers.RescaleAction)"
+        )
+    return jnp.asarray(space.low, jnp.float32), jnp.asarray(space.high, jnp.float32)
+
+
+def from_unit(space: Box, action: Array) -> Array:
+    """Map `[-1, 1]` to the bounds of `space`, elementwise over `[..., *shape]`."""
+    low, high = finite_bounds(space, "action space")
+    return low + 0.5 * (action + 1.0) * (high - low)
+
+
+def to_unit(space: Box, action: Array) -> Array:
+    """Map the bounds of `space` to `[-1, 1]`; a degenerate dimension maps to 0."""
+    low, high = finite_bounds(space, "action space")
+    width = jnp.where(high > low, high - low, 1.0)
+    return jnp.where(high > low, 2.0 * (action - low) / width - 1.0, 0.0)
+
+
+def flat_size(space: Space) -> int:
+    """Return the length of `flatten(space, x)` for one element `x`."""
+    match space:
+        case Box():
+            return int(np.prod(space.shape, dtype=int))
+        case Discrete():
+            return space.num
+        case MultiDiscrete():
+            return sum(space.nums)
+    return sum(flat_size(sub) for sub in space.values())
+
+
+def flatten(space: Space, x: Any) -> Array:
+    """Turn elements of `space` into float32 vectors.
+
+    Box elements are reshaped (uint8 scaled to `[0, 1]`), integers become one-hot, Dict
+    entries are concatenated in sorted order.
+
+    Args:
+      space: the space of one element.
+      x: elements with any leading axes `[...]`.
+
+    Returns:
+      [..., flat_size(space)] float32.
+    """
+    match space:
+        case Box():
+            lead = x.shape[: x.ndim - len(space.shape)]
+            scale = 255.0 if space.dtype == np.uint8 else 1.0
+            return (x.astype(jnp.float32) / scale).reshape(*lead, flat_size(space))
+        case Discrete():
+            return jax.nn.one_hot(x, space.num)
+        case MultiDiscrete():
+            hot = [jax.nn.one_hot(x[..., i], n) for i, n in enumerate(space.nums)]
+            return jnp.concatenate(hot, -1)
+    return jnp.concatenate([flatten(space[name], x[name]) for name in sorted(space)], -1)
+
+
+def encode_action(space: Space, action: Array) -> Array:
+    """Return actions as network input: Box scaled to `[-1, 1]`, integers one-hot.
+
+    Args:
+      space: action space.
+      action: [..., *shape] or int32 [...].
+
+    Returns:
+      [..., flat_size(space)] float32.
+    """
+    if isinstance(space, Box):
+        unit = to_unit(space, action)
+        return unit.reshape(*unit.shape[: unit.ndim - len(space.shape)], flat_size(space))
+    return flatten(space, action)
+
+
+def describe(space: Space) -> Any:
+    """Return a JSON-serializable description, for manifests and messages."""
+    match space:
+        case Box():
+            return {
+                "box": list(space.shape),
+                "low": np.asarray(space.low).reshape(-1).tolist(),
+                "high": np.asarray(space.high).reshape(-1).tolist(),
+                "dtype": str(space.dtype),
+            }
+        case Discrete():
+            return {"discrete": space.num}
+        case MultiDiscrete():
+            return {"multi_discrete": list(space.nums)}
+    return {name: describe(space[name]) for name in sorted(space)}
+
+
+def leaves(space: Space, prefix: str = "") -> list[tuple[str, Box | Discrete | MultiDiscrete]]:
+    """List `(path, leaf space)` of a possibly nested space; the path of a bare leaf is ''."""
+    if isinstance(space, Mapping):
+        found = []
+        for name in sorted(space):
+            found += leaves(space[name], f"{prefix}/{name}" if prefix else name)
+        return found
+    return [(prefix, space)]
