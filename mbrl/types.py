@@ -76,13 +76,14 @@ class Outcome(NamedTuple):
     Attributes:
       reward: [B] reward of the step.
       discount: [B] 1 continue, 0 terminal; between: predicted survival probability.
-      uncertainty: [B] epistemic standard deviation of the model about this step; 0
-        for a simulator.
+      uncertainty: [B] epistemic standard deviation of the model about this step, in
+        units of reward; 0 for a simulator; None when the model was built without it
+        (it costs one evaluation of every member).
     """
 
     reward: Array
     discount: Array
-    uncertainty: Array
+    uncertainty: Array | None
 
 
 class InitFn(Protocol):
@@ -176,8 +177,8 @@ class Record(NamedTuple):
 
     Reward and flags arrive *with* the observation, `action` is the one taken at it. The
     final observation of an episode is a record of its own (`is_last`); its action is
-    ignored by the environment. Hence a transition is any `t` with `not is_last[t]`, and
-    its successor is `t + 1`.
+    ignored by the environment. Hence a transition is any `t` with `not is_last[t]` and
+    `not is_first[t + 1]` (an episode may be cut off by a fault), its successor `t + 1`.
 
     Attributes:
       obs: observation pytree in the units of the environment.
@@ -205,6 +206,16 @@ class TimeStep(NamedTuple):
     reward: Array
     is_first: Array
     is_last: Array
+    is_terminal: Array
+
+
+class Transition(NamedTuple):
+    """One step of experience, leaves `[B, ...]`: what one-step models learn from."""
+
+    obs: Any
+    action: Array
+    reward: Array
+    next_obs: Any
     is_terminal: Array
 
 
@@ -248,14 +259,18 @@ class SampleSpec(NamedTuple):
     length: int = 2
 
 
+Mode = Literal["random", "explore", "greedy"]
+
+
 class Agent(NamedTuple):
     """A learner and actor as pure functions over ONE state pytree.
 
     Attributes:
       init: `(key) -> state`.
       begin: `(num_envs) -> carry`, the acting state of `num_envs` environments.
-      act: `(state, carry, obs, is_first, key, explore) -> (action, carry, extras)`; rows
-        with `is_first` start from a fresh carry. `explore` is a static bool.
+      act: `(state, carry, obs, is_first, key, mode) -> (action, carry, extras)`; rows
+        with `is_first` start from a fresh carry. `mode` is static: 'random' (uniform
+        actions before the first update), 'explore' (training) or 'greedy' (evaluation).
       update: `(state, batch, key) -> (state, metrics, feedback)`; `feedback` is None or
         a pytree of per-sequence values to store beside the sampled records.
       sampling: what `update` needs.
@@ -263,7 +278,7 @@ class Agent(NamedTuple):
 
     init: Callable[[Key], State]
     begin: Callable[[int], Carry]
-    act: Callable[[State, Carry, Any, Array, Key, bool], tuple[Array, Carry, Any]]
+    act: Callable[[State, Carry, Any, Array, Key, Mode], tuple[Array, Carry, Any]]
     update: Callable[[State, Batch, Key], tuple[State, Metrics, Any]]
     sampling: SampleSpec
 
