@@ -1,0 +1,1 @@
+"""Networks: plain `Network(init, apply)` pairs over pytrees of parameters."""
