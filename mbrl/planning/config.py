@@ -1,0 +1,95 @@
+"""Settings shared by all planners, validated where they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Method = Literal["shooting", "cem", "icem", "mppi", "gradient"]
+Risk = Literal["mean", "lcb", "ucb", "cvar", "worst"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannerConfig:
+    """Model-predictive control. The defaults are iCEM at a budget that fits a CPU.
+
+    Raises:
+      ValueError: for impossible sizes, naming the field, its value and the fix.
+    """
+
+    method: Method = "icem"
+    """shooting, cem (PETS), icem (Pinneri 2020), mppi (Williams 2017) or gradient."""
+    horizon: int = 25
+    """Steps of look-ahead H."""
+    population: int = 64
+    """Plans per iteration P; iCEM starts from it and decays, gradient: restarts."""
+    iterations: int = 4
+    """Refinements per action; gradient: optimizer steps."""
+    particles: int = 5
+    """Model rollouts Q per plan; a multiple of the members spreads them evenly."""
+    elites: int = 10
+    """cem, icem: plans that the next distribution is fitted to."""
+    momentum: float = 0.1
+    """cem, icem, mppi: share of the old mean and deviation that is kept (0 = none)."""
+    init_std: float = 0.5
+    """Initial deviation per step in half-ranges of the action; the sigma of MPPI."""
+    noise_beta: float = 2.0
+    """icem, mppi: exponent of the noise spectrum over time; 0 = white."""
+    decay: float = 1.25
+    """icem: factor by which the population shrinks per iteration, never below 2 x elites."""
+    keep_fraction: float = 0.3
+    """icem: share of the elites that is kept between iterations and between steps."""
+    temperature: float = 0.5
+    """mppi: softmax temperature in standard deviations of the returns."""
+    learning_rate: float = 0.1
+    """gradient: Adam step size in half-ranges of the action (or logits)."""
+    discount: float = 1.0
+    """Discount per step inside the horizon."""
+    risk: Risk = "mean"
+    """Measure over particles."""
+    risk_coef: float = 1.0
+    """lcb, ucb: standard deviations; cvar: tail share in (0, 1]."""
+    prior_plans: int = 0
+    """Plans per iteration that come from rolling out the policy prior."""
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "population", "iterations", "particles", "elites"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"planner.{name} must be at least 1, got {getattr(self, name)}")
+        if self.method in ("cem", "icem") and self.elites > self.population:
+            raise ValueError(
+                f"planner.elites must not exceed planner.population, got {self.elites} > "
+                f"{self.population}; lower elites or raise population"
+            )
+        if not 0 <= self.prior_plans < self.population:
+            raise ValueError(
+                f"planner.prior_plans must be in [0, population), got {self.prior_plans} "
+                f"with population {self.population}"
+            )
+        if self.method == "icem" and isinstance(self.decay, float) and self.decay < 1.0:
+            raise ValueError(f"planner.decay must be at least 1, got {self.decay}")
+
+    def evaluations(self) -> int:
+        """Count the model evaluations (plans x particles x steps) of one action."""
+        plans = sum(populations(self))
+        if self.method == "gradient":
+            plans += self.population
+        return plans * self.particles * self.horizon
+
+
+def populations(config: PlannerConfig) -> list[int]:
+    """List the population of every iteration; only iCEM's shrinks."""
+    if config.method == "shooting":
+        return [config.population]
+    if config.method != "icem":
+        return [config.population] * config.iterations
+    floor = min(config.population, 2 * config.elites)
+    return [
+        max(floor, round(config.population * config.decay**-i)) for i in range(config.iterations)
+    ]
+
+
+PETS_CEM = PlannerConfig(
+    method="cem", horizon=25, population=400, iterations=5, particles=20, elites=40
+)
+"""The planner of Chua et al. 2018 (arXiv:1805.12114): 1,000,000 model evaluations a step."""
