@@ -1,0 +1,1 @@
+"""Environments: on-device MDPs, Gymnasium environments as record streams, adapters."""
