@@ -22,11 +22,12 @@ def test_gaussian_nll_by_hand() -> None:
 def test_gaussian_nll_is_scipys_and_is_smallest_at_the_true_variance() -> None:
     x = np.linspace(-3, 5, 9)
     got = reg.gaussian_nll(jnp.full(9, 0.7), jnp.full(9, -1.3), jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(got, -stats.norm(0.7, np.exp(-0.65)).logpdf(x), rtol=1e-5)
+    np.testing.assert_allclose(got, -stats.norm.logpdf(x, 0.7, np.exp(-0.65)), rtol=1e-5)
     # d/dlogvar = (1 - error^2 / var) / 2 is 0 at error^2 = var = 4.
     slope = jax.grad(lambda v: reg.gaussian_nll(jnp.float32(0), v, jnp.float32(2)))
     assert abs(slope(jnp.log(4.0))) < 1e-6
-    assert slope(jnp.log(3.0)) < -0.1 and slope(jnp.log(5.0)) > 0.05
+    assert slope(jnp.log(3.0)) < -0.1
+    assert slope(jnp.log(5.0)) > 0.05
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -47,7 +48,8 @@ def test_bound_logvar_is_the_identity_inside_and_saturates_outside() -> None:
     expected = [-10.0, -10 + np.log(2), -5.0, -2.0, 0.5 - np.log(2), 0.5]
     np.testing.assert_allclose(got, expected, atol=0.09)
     np.testing.assert_allclose(got[np.array([0, 1, 5])], np.array(expected)[[0, 1, 5]], atol=1e-4)
-    assert np.all(got >= -10.0) and np.all(got <= 0.5 + 2.8e-5)
+    assert np.all(got >= -10.0)
+    assert np.all(got <= 0.5 + 2.8e-5)
 
 
 def test_bound_logvar_keeps_a_gradient_outside_and_moves_learned_bounds() -> None:
@@ -111,7 +113,8 @@ def test_two_hot_sums_to_one_has_two_neighbours_and_keeps_the_mean() -> None:
     np.testing.assert_allclose(probs @ np.asarray(bins, np.float64), x, rtol=1e-4, atol=1e-6)
     for row in probs:
         (hot,) = np.nonzero(row)
-        assert len(hot) <= 2 and hot[-1] - hot[0] <= 1
+        assert len(hot) <= 2
+        assert hot[-1] - hot[0] <= 1
 
 
 def test_two_hot_mean_is_exactly_zero_for_equal_logits_also_under_jit() -> None:
