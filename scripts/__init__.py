@@ -1,0 +1,1 @@
+"""Entry points: `mbrl <job>` after an install, `python scripts/<job>.py` from a checkout."""

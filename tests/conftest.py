@@ -1,0 +1,17 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Compilation dominates the fast tests: programs compiled once are read back, also by the
+# processes that tests start. Set in the environment because jax reads it when imported.
+_CACHE = Path(__file__).resolve().parents[1] / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# No window opens and no sound device is looked for, whatever the machine has.
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+os.environ.setdefault("MPLBACKEND", "Agg")
