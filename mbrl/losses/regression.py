@@ -10,7 +10,22 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mbrl.distributions import TwoHot
+from mbrl.two_hot import symexp, symexp_bins, symlog, two_hot, two_hot_mean
 from mbrl.types import Array
+
+__all__ = [
+    "binary_nll",
+    "bound_logvar",
+    "gaussian_nll",
+    "symexp",
+    "symexp_bins",
+    "symlog",
+    "two_hot",
+    "two_hot_loss",
+    "two_hot_mean",
+    "two_hot_nll",
+]
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -60,84 +75,6 @@ def bound_logvar(logvar: Array, low: Array | float, high: Array | float) -> Arra
     return low + jax.nn.softplus(below_high - low)
 
 
-def symlog(x: Array) -> Array:
-    """Return `sign(x) log(1 + |x|)`, elementwise.
-
-    Reference: Mastering Diverse Domains through World Models (arXiv 2301.04104).
-    """
-    # Written with a sign that is never 0, so that the derivative at 0 is 1 and not 0.
-    sign = jnp.where(x < 0, -1.0, 1.0)
-    return sign * jnp.log1p(sign * x)
-
-
-def symexp(x: Array) -> Array:
-    """Return `sign(x) (exp|x| - 1)`, the inverse of `symlog`, elementwise."""
-    sign = jnp.where(x < 0, -1.0, 1.0)
-    return sign * jnp.expm1(sign * x)
-
-
-def symexp_bins(num: int = 255, limit: float = 20.0) -> Array:
-    """Return bin centres [num], equidistant in symlog space and exactly symmetric.
-
-    Args:
-      num: number of bins; an odd number puts one at exactly 0.
-      limit: symlog of the largest centre.
-
-    Raises:
-      ValueError: when `num < 2`.
-    """
-    if num < 2:
-        raise ValueError(f"num: got {num}, expected at least 2 bins")
-    # Mirrored rather than computed from end to end: rounding would break the symmetry.
-    negative = symexp(jnp.linspace(-limit, limit, num)[: num // 2])
-    centre = jnp.zeros(num % 2)
-    return jnp.concatenate([negative, centre, -negative[::-1]])
-
-
-def two_hot(x: Array, bins: Array) -> Array:
-    """Spread numbers over their two neighbouring bins so that the mean is preserved.
-
-    Args:
-      x: [...] numbers in the units of `bins`; clipped to the outermost bins.
-      bins: [M] increasing bin centres.
-
-    Returns:
-      [..., M] probabilities; `sum(two_hot(x, bins) * bins) == x` inside the range.
-
-    Reference: Mastering Diverse Domains through World Models (arXiv 2301.04104).
-    """
-    x = jnp.clip(x, bins[0], bins[-1])[..., None]
-    # A hat function around every bin: a comparison-free formula has no gather or scatter.
-    width = jnp.diff(bins)
-    inner = jnp.ones_like(bins[:1])  # slope of the two outer flanks, which are cut off
-    rising = 1.0 + (x - bins) / jnp.concatenate([inner, width])
-    falling = 1.0 - (x - bins) / jnp.concatenate([width, inner])
-    return jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
-
-
-def two_hot_mean(logits: Array, bins: Array) -> Array:
-    """Compute the mean of a categorical distribution over bins.
-
-    Args:
-      logits: [..., M].
-      bins: [M] bin centres.
-
-    Returns:
-      [...] mean in the units of `bins`; exactly 0 for equal logits and symmetric bins.
-    """
-    probs = jax.nn.softmax(logits, -1)
-    half = bins.shape[0] // 2
-    left, right = probs[..., :half], probs[..., ::-1][..., :half]
-    low, high = bins[:half], bins[::-1][:half]
-    # Mirror bins are added in pairs, as (p' - p)(b' - b)/2 + (p' + p)(b' + b)/2. Both terms
-    # vanish exactly when p = p' and b = -b', even where the compiler fuses multiply and
-    # add; p b + p' b' would leave a rounding error of the size of the largest bin (5e8).
-    pairs = 0.5 * ((right - left) * (high - low) + (right + left) * (high + low))
-    odd = bins.shape[0] % 2
-    centre = jnp.sum(probs[..., half : half + odd] * bins[half : half + odd], -1)
-    return jnp.sum(pairs, -1) + centre
-
-
 def two_hot_nll(logits: Array, target: Array, bins: Array) -> Array:
     """Compute the cross-entropy of bin logits against two-hot targets.
 
@@ -149,8 +86,7 @@ def two_hot_nll(logits: Array, target: Array, bins: Array) -> Array:
     Returns:
       [...] cross-entropy in nats.
     """
-    probs = jax.lax.stop_gradient(two_hot(target, bins))
-    return -jnp.sum(probs * jax.nn.log_softmax(logits, -1), -1)
+    return -TwoHot(logits, bins).log_prob(jax.lax.stop_gradient(target))
 
 
 def two_hot_loss(logits: Array, target: Array, bins: Array) -> Array:
