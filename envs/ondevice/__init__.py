@@ -1,0 +1,1 @@
+"""Simulators that run on the device: one `MDP` factory per file."""

@@ -1,0 +1,134 @@
+"""The simulators against their Gymnasium twins, one step at a time from the same states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from envs.ondevice import acrobot, cartpole, mountain_car, pendulum
+from envs.spec import action_space, observation_space
+from mbrl.types import MDP, Box
+
+
+class Twin(NamedTuple):
+    """A simulator, its twin's id, its state class, and bounds of the states to try."""
+
+    mdp: MDP
+    id: str
+    state: Callable[..., Any]
+    low: list[float]
+    high: list[float]
+
+
+TWINS = [
+    Twin(pendulum.make(), "Pendulum-v1", pendulum.PendulumState, [-3.1, -8], [3.1, 8]),
+    Twin(
+        cartpole.make(),
+        "CartPole-v1",
+        cartpole.CartPoleState,
+        [-2.4, -3, -0.21, -3],
+        [2.4, 3, 0.21, 3],
+    ),
+    Twin(
+        acrobot.make(),
+        "Acrobot-v1",
+        acrobot.AcrobotState,
+        [-3.1, -3.1, -12, -28],
+        [3.1, 3.1, 12, 28],
+    ),
+    Twin(
+        mountain_car.make(),
+        "MountainCarContinuous-v0",
+        mountain_car.MountainCarState,
+        [-1.2, -0.07],
+        [0.6, 0.07],
+    ),
+]
+each_twin = pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.id)
+
+
+def twin_steps(twin: Twin, count: int) -> list[np.ndarray]:
+    """Step the Gymnasium twin: half along random episodes, half from states anywhere."""
+    env = gym.make(twin.id).unwrapped
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        if i >= count // 2:
+            env.reset()
+            env.state = rng.uniform(twin.low, twin.high)  # pyright: ignore
+        state = np.array(env.state, np.float32)  # pyright: ignore
+        env.state = state.astype(np.float64)  # pyright: ignore
+        action = env.action_space.sample()
+        obs, reward, terminated, _, _ = env.step(action)
+        rows.append((state, action, np.array(obs), reward, terminated))
+        if terminated:
+            env.reset()
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+@each_twin
+def test_one_step_agrees_with_gymnasium(twin):
+    state, action, obs, reward, terminated = twin_steps(twin, 600)
+    assert terminated.any() == (twin.id != "Pendulum-v1")
+    assert not terminated.all()
+    start = twin.state(*jnp.asarray(state.T))
+    new, outcome = jax.jit(twin.mdp.step)(None, jax.random.key(0), start, jnp.asarray(action))
+    got, scale = np.asarray(jax.jit(twin.mdp.observe)(None, new)), np.abs(obs).max(0)
+    np.testing.assert_allclose(got / scale, obs / scale, atol=1e-5)
+    np.testing.assert_allclose(outcome.reward, reward, atol=1e-5)
+    np.testing.assert_array_equal(outcome.discount, 1.0 - terminated)
+
+
+@each_twin
+def test_spaces_and_time_limit_are_those_of_gymnasium(twin):
+    env = gym.make(twin.id)
+    expected = observation_space(env.observation_space)
+    got = twin.mdp.spec.observation
+    assert isinstance(got, Box)
+    assert isinstance(expected, Box)
+    assert got.dtype == expected.dtype
+    np.testing.assert_allclose(got.low, expected.low, rtol=1e-6)
+    np.testing.assert_allclose(got.high, expected.high, rtol=1e-6)
+    assert twin.mdp.spec.max_episode_steps == gym.spec(twin.id).max_episode_steps
+    action = action_space(env.action_space)
+    if isinstance(action, Box):
+        np.testing.assert_array_equal(twin.mdp.spec.action.low, action.low)
+        np.testing.assert_array_equal(twin.mdp.spec.action.high, action.high)
+    else:
+        assert twin.mdp.spec.action == action
+
+
+@each_twin
+def test_start_states_have_the_range_of_gymnasium(twin):
+    env = gym.make(twin.id).unwrapped
+    env.reset(seed=1)
+    starts = []
+    for _ in range(500):
+        env.reset()
+        starts.append(np.array(env.state))  # pyright: ignore
+    theirs = np.array(starts)
+    ours = np.stack(twin.mdp.init(None, jax.random.key(1), batch=2000), -1)
+    spread = theirs.max(0) - theirs.min(0)
+    np.testing.assert_allclose(ours.min(0), theirs.min(0), atol=0.03 * spread.max())
+    np.testing.assert_allclose(ours.max(0), theirs.max(0), atol=0.03 * spread.max())
+    np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=0.1 * spread.max())
+
+
+def test_changed_gravity_agrees_with_gymnasium():
+    env = gym.make("Pendulum-v1", g=4.0).unwrapped
+    env.reset(seed=0)
+    env.state = np.array([1.0, 0.5])  # pyright: ignore
+    obs, *_ = env.step(np.array([1.5], np.float32))
+    state = pendulum.PendulumState(jnp.array([1.0]), jnp.array([0.5]))
+    params = pendulum.PendulumParams(gravity=4.0)
+    mdp = pendulum.make()
+    new, _ = mdp.step(params, jax.random.key(0), state, jnp.array([[1.5]]))
+    np.testing.assert_allclose(mdp.observe(params, new)[0], obs, atol=1e-6)
