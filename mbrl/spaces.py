@@ -127,6 +127,32 @@ def flatten(space: Space, x: Any) -> Array:
     return jnp.concatenate([flatten(space[name], x[name]) for name in sorted(space)], -1)
 
 
+def unflatten(space: Space, flat: Array) -> Any:
+    """Invert `flatten`; integers are the largest entry of their one-hot part.
+
+    Args:
+      space: the space of one element.
+      flat: [..., flat_size(space)].
+
+    Returns:
+      Elements of `space` with leading axes `[...]`; uint8 is rounded.
+    """
+    match space:
+        case Box():
+            x = flat.reshape(*flat.shape[:-1], *space.shape)
+            if space.dtype == np.uint8:
+                x = jnp.clip(jnp.round(255.0 * x), 0, 255)
+            return x.astype(space.dtype)
+        case Discrete():
+            return jnp.argmax(flat, -1).astype(jnp.int32)
+        case MultiDiscrete():
+            parts = jnp.split(flat, np.cumsum(space.nums)[:-1], -1)
+            return jnp.stack([jnp.argmax(p, -1) for p in parts], -1).astype(jnp.int32)
+    names = sorted(space)
+    parts = jnp.split(flat, np.cumsum([flat_size(space[n]) for n in names])[:-1], -1)
+    return {n: unflatten(space[n], part) for n, part in zip(names, parts, strict=True)}
+
+
 def encode_action(space: Space, action: Array) -> Array:
     """Return actions as network input: Box scaled to `[-1, 1]`, integers one-hot.
 

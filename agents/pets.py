@@ -1,0 +1,184 @@
+"""PETS: plan through a probabilistic ensemble that learns dynamics, reward and termination.
+
+Reference: Chua et al. 2018 (arXiv:1805.12114). The default planner is iCEM at a budget
+that fits a CPU; `--planner.method cem` with `mbrl.planning.PETS_CEM` is the paper's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mbrl import optim, replay, spaces
+from mbrl.fitting import FitConfig, fit_members
+from mbrl.mdp import penalized
+from mbrl.models.probabilistic import (
+    EnsembleState,
+    Propagation,
+    Target,
+    probabilistic_ensemble,
+)
+from mbrl.planning import PlannerConfig, planner
+from mbrl.types import (
+    Agent,
+    Array,
+    Batch,
+    Box,
+    Carry,
+    EnvSpec,
+    Key,
+    Metrics,
+    Mode,
+    Network,
+    SampleSpec,
+    reset_rows,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PETSConfig:
+    """Settings of PETS; sources are the paper (P) or measured on small tasks here (M)."""
+
+    members: int = 5
+    """Networks in the ensemble N (P)."""
+    elites: int = 5
+    """Members that plan, best on held-out data first (P: all)."""
+    hidden: tuple[int, ...] = (128, 128, 128)
+    """Hidden layers of each member (P: 3 x 500 or 4 x 200; smaller for CPU, M)."""
+    propagation: Propagation = "ts1"
+    """How particles move through the ensemble: ts1, tsinf, mean or moment_matching (P)."""
+    targets: Target = "delta"
+    """What is predicted of the next observation: delta, absolute or angle (P)."""
+    learn_bounds: bool = True
+    """Learn the log-variance bounds (P)."""
+    learning_rate: float = 1e-3
+    """Adam step size (P)."""
+    weight_decay: float = 5e-5
+    """Decoupled decay of the network kernels (P, per layer there)."""
+    clip_norm: float = 100.0
+    """Gradient norm above which a member's own gradient is scaled down (M)."""
+    batch_size: int = 64
+    """Transitions per member and gradient step (P: 32)."""
+    max_epochs: int = 50
+    """Passes over the data per model update at most (M)."""
+    patience: int = 5
+    """Epochs without held-out improvement after which a member stops (MBPO)."""
+    holdout: float = 0.1
+    """Share of transitions that is held out (MBPO: 0.2)."""
+    bootstrap: bool = True
+    """Resample the data per member (P)."""
+    random_steps: int = 200
+    """Environment steps of uniform actions before the first update (P: one episode)."""
+    train_every: int = 100
+    """Environment steps between model updates (P: one episode)."""
+    capacity: int = 10_000
+    """Records kept in replay."""
+    penalty: float = 0.0
+    """Reward subtracted per standard deviation of model disagreement; < 0 is optimism."""
+    dtype: str = "float32"
+    """Precision of the matrix products, float32 or bfloat16."""
+    planner: PlannerConfig = PlannerConfig()
+    """Model-predictive control."""
+
+
+@chex.dataclass(frozen=True)
+class PETSState:
+    """Everything PETS learns."""
+
+    model: EnsembleState
+    opt_state: optax.OptState
+
+
+class PETSCarry(NamedTuple):
+    """Acting state: the planner's warm start, leaves [E, ...]."""
+
+    plan: Any
+
+
+def make_pets(
+    spec: EnvSpec,
+    config: PETSConfig = PETSConfig(),
+    network: Callable[[int], Network] | None = None,
+) -> Agent:
+    """Build the agent.
+
+    Args:
+      spec: spaces of the task; actions Box (bounded) or Discrete.
+      config: see `PETSConfig`. Float fields may be traced.
+      network: `(out) -> Network` of one member, to replace the default MLP.
+
+    Raises:
+      ValueError: for spaces that PETS cannot model, and impossible settings.
+    """
+    _check(spec, config)
+    model = probabilistic_ensemble(
+        spec, config.members, config.hidden, config.targets, config.elites,
+        config.learn_bounds, network, config.dtype,
+    )  # fmt: skip
+    uses_penalty = not (isinstance(config.penalty, float) and config.penalty == 0.0)
+    mdp = model.mdp(config.propagation, uncertainty=uses_penalty)
+    mdp = penalized(mdp, config.penalty) if uses_penalty else mdp
+    mpc = planner(mdp, config.planner)
+    optimizer = optax.chain(
+        optim.clip_by_member_norm(config.clip_norm),
+        optax.adamw(config.learning_rate, weight_decay=config.weight_decay, mask=_decays),
+    )
+    optimizer = optim.apply_if_finite_counted(optimizer)
+    fit_config = FitConfig(
+        config.batch_size, config.max_epochs, config.patience, bootstrap=config.bootstrap
+    )
+
+    def init(key: Key) -> PETSState:
+        state = model.init(key)
+        return PETSState(model=state, opt_state=optimizer.init(state.weights))
+
+    def begin(num_envs: int) -> PETSCarry:
+        return PETSCarry(mpc.init(num_envs))
+
+    def act(
+        state: PETSState, carry: PETSCarry, obs: Any, is_first: Array, key: Key, mode: Mode
+    ) -> tuple[Array, PETSCarry, Any]:
+        num_envs = is_first.shape[0]
+        carry = reset_rows(is_first, begin(num_envs), carry)
+        if mode == "random":
+            return spaces.sample(spec.action, key, (num_envs,)), carry, ()
+        init_key, plan_key = jax.random.split(key)
+        start = mdp.init(state.model, init_key, obs)
+        action, warm, _ = mpc.plan(state.model, plan_key, start, carry.plan)
+        return action, PETSCarry(warm), ()
+
+    def update(state: PETSState, batch: Batch, key: Key) -> tuple[PETSState, Metrics, None]:
+        data, valid = replay.transitions(batch)
+        holdout = replay.holdout_mask(batch.valid.shape, config.holdout).reshape(-1)
+        params = model.standardize(state.model, data, valid.astype(jnp.float32))
+        fit = fit_members(
+            lambda weights, rows: model.loss(weights, params, rows),
+            lambda weights, rows, mask: model.error(weights, params, rows, mask),
+            optimizer, params.weights, state.opt_state,
+            data, valid & ~holdout, valid & holdout, key, fit_config,
+        )  # fmt: skip
+        elites = jnp.argsort(fit.error)[: config.elites]
+        params = params._replace(weights=fit.weights, elites=elites)
+        return PETSState(model=params, opt_state=fit.opt_state), fit.metrics, None
+
+    sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
+    return Agent(init, begin, act, update, sampling)
+
+
+def _decays(weights: Any) -> Any:
+    return optim.decay_mask(weights, exclude=("bias", "logvar"))
+
+
+def _check(spec: EnvSpec, config: PETSConfig) -> None:
+    for path, leaf in spaces.leaves(spec.observation):
+        if isinstance(leaf, Box) and len(leaf.shape) >= 3:
+            raise ValueError(
+                f"observation {path or spec.id}: PETS models vectors, got an image of shape "
+                f"{leaf.shape}; use an agent with an encoder or a vector observation"
+            )

@@ -1,0 +1,197 @@
+"""Fitting an ensemble to a growing data set: bootstrap, holdout, early stop per member."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mbrl.types import Array, Key, Metrics, Params
+
+Loss = Callable[[Params, Any], tuple[Array, Metrics]]
+"""`(weights, batch [N, B, ...]) -> (losses [N], metrics)`; weight leaves lead with [N]."""
+
+Error = Callable[[Params, Any, Array], Array]
+"""`(weights, batch [B, ...], mask [B]) -> [N]` error on held-out data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How long and on what each member trains."""
+
+    batch_size: int = 256
+    """Rows per member and step."""
+    max_epochs: int = 50
+    """Passes over the data per call at most."""
+    patience: int = 5
+    """Epochs without improvement after which a member stops."""
+    min_improvement: float = 0.01
+    """Relative decrease of the held-out error that counts as improvement."""
+    bootstrap: bool = True
+    """Give each member its own resample with replacement, fixed during the call."""
+    max_holdout: int = 1000
+    """Held-out rows that are evaluated at most."""
+
+
+class Progress(NamedTuple):
+    """State of the epoch loop; `[N]` unless said otherwise."""
+
+    epoch: Array  # []
+    weights: Params
+    opt_state: optax.OptState
+    best_weights: Params
+    best_error: Array
+    stale: Array  # epochs since the last improvement
+    loss: Array  # [] mean over the last epoch
+    key: Key
+
+
+class Fit(NamedTuple):
+    """What `fit_members` returns; metrics are scalars."""
+
+    weights: Params
+    opt_state: optax.OptState
+    error: Array
+    metrics: Metrics
+
+
+def select_members(mask: Array, new: Params, old: Params) -> Params:
+    """Take member `n` from `new` where `mask[n]`, else from `old`; leaves [N, ...]."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(mask.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), new, old
+    )
+
+
+def _first_true(mask: Array, num: int) -> tuple[Array, Array]:
+    """Return the indices [num] of the first true entries, padded, and which are real."""
+    index = jnp.nonzero(mask, size=num, fill_value=0)[0]
+    return index, jnp.arange(num) < mask.sum()
+
+
+def bootstrap_rows(key: Key, num_members: int, rows: Array, count: Array, resample: bool) -> Array:
+    """Choose each member's data set among the first `count` of `rows` [M]: [N, M].
+
+    Only the first `count` columns mean anything. The choice is made once per fit, so a
+    member sees the same resample in every epoch.
+    """
+    shape = (num_members, rows.shape[0])
+    if not resample:
+        return jnp.broadcast_to(rows, shape)
+    return rows[jax.random.randint(key, shape, 0, jnp.maximum(count, 1))]
+
+
+def _shuffle(key: Key, members: Array, count: Array) -> Array:
+    """Permute the first `count` columns of [N, M] in each row; the rest goes behind."""
+    noise = jax.random.uniform(key, members.shape)
+    noise = jnp.where(jnp.arange(members.shape[1]) < count, noise, 2.0)
+    return jnp.take_along_axis(members, jnp.argsort(noise, axis=1), 1)
+
+
+def fit_members(
+    loss: Loss,
+    error: Error,
+    optimizer: optax.GradientTransformation,
+    weights: Params,
+    opt_state: optax.OptState,
+    data: Any,
+    train: Array,
+    holdout: Array,
+    key: Key,
+    config: FitConfig,
+) -> Fit:
+    """Train every member until its own held-out error stops improving; keep its best weights.
+
+    All shapes are static: how much of the ring is filled only changes trip counts, so a
+    growing data set never retraces.
+
+    Args:
+      loss: per-member loss of a minibatch.
+      error: per-member error on held-out rows.
+      optimizer: elementwise or per-member; nothing may mix members.
+      weights: leaves [N, ...].
+      opt_state: its state.
+      data: pytree of rows [M, ...].
+      train: [M] bool, rows to learn from.
+      holdout: [M] bool, rows to stop by. Without any, members run for `max_epochs`.
+      key: consumed.
+      config: see `FitConfig`.
+
+    Returns:
+      A `Fit` with the best weights of every member; unchanged when `train` is empty.
+    """
+    num_members = jax.tree.leaves(weights)[0].shape[0]
+    boot_key, epoch_key = jax.random.split(key)
+    count = train.sum()
+    rows, _ = _first_true(train, train.shape[0])
+    members = bootstrap_rows(boot_key, num_members, rows, count, config.bootstrap)
+    held, held_mask = _first_true(holdout, min(config.max_holdout, holdout.shape[0]))
+    held_data = jax.tree.map(lambda x: x[held], data)
+    num_batches = -(-count // config.batch_size)
+
+    def train_step(j: Array, carry: tuple[Params, Any, Array], order: Array, active: Array) -> Any:
+        weights, opt_state, total = carry
+        columns = (j * config.batch_size + jnp.arange(config.batch_size)) % jnp.maximum(count, 1)
+        batch = jax.tree.map(lambda x: x[order[:, columns]], data)
+
+        def objective(weights: Params) -> tuple[Array, Array]:
+            losses = loss(weights, batch)[0]
+            return losses.sum(), losses.mean()  # a sum keeps the members' gradients apart
+
+        grads, mean = jax.grad(objective, has_aux=True)(weights)
+        updates, opt_state = optimizer.update(grads, opt_state, weights)
+        stepped = optax.apply_updates(weights, updates)
+        return select_members(active, stepped, weights), opt_state, total + mean
+
+    def held_out_error(weights: Params) -> Array:
+        return error(weights, held_data, held_mask.astype(jnp.float32))
+
+    def epoch(p: Progress) -> Progress:
+        shuffle_key, key = jax.random.split(p.key)
+        order = _shuffle(shuffle_key, members, count)
+        active = p.stale < config.patience
+        weights, opt_state, total = jax.lax.fori_loop(
+            0,
+            num_batches,
+            lambda j, carry: train_step(j, carry, order, active),
+            (p.weights, p.opt_state, jnp.zeros(())),
+        )
+        current = held_out_error(weights)
+        known = held_mask.any()
+        better = active & (current < (1.0 - config.min_improvement) * p.best_error)
+        better = jnp.where(known, better, active)
+        return Progress(
+            p.epoch + 1,
+            weights,
+            opt_state,
+            select_members(better, weights, p.best_weights),
+            jnp.where(better, current, p.best_error),
+            jnp.where(better, 0, p.stale + 1),
+            total / jnp.maximum(num_batches, 1),
+            key,
+        )
+
+    def running(p: Progress) -> Array:
+        return (p.epoch < config.max_epochs) & jnp.any(p.stale < config.patience) & (count > 0)
+
+    start = Progress(
+        jnp.zeros((), jnp.int32),
+        weights,
+        opt_state,
+        weights,
+        held_out_error(weights),
+        jnp.zeros(num_members, jnp.int32),
+        jnp.zeros(()),
+        epoch_key,
+    )
+    end = jax.lax.while_loop(running, epoch, start)
+    metrics = {
+        "model/loss": end.loss,
+        "model/holdout_error": end.best_error.mean(),
+        "model/epochs": end.epoch.astype(jnp.float32),
+        "model/transitions": (count + holdout.sum()).astype(jnp.float32),
+    }
+    return Fit(end.best_weights, end.opt_state, end.best_error, metrics)
