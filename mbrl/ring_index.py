@@ -1,0 +1,156 @@
+"""What the device ring and the host ring of `mbrl.replay` share: addresses and checks.
+
+`xp` is `numpy` or `jax.numpy`: one formula serves both, so that they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl.types import Array, Key, Record, SampleSpec
+
+
+def num_rows(num_envs: int, capacity: int) -> int:
+    """Return C, the rows of a ring, or refuse a capacity that leaves fewer than two."""
+    if num_envs < 1:
+        raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
+    rows = capacity // num_envs
+    if rows < 2:
+        raise ValueError(
+            f"capacity: {capacity} records over {num_envs} environments leave {rows} row(s) each, "
+            f"expected at least 2; raise --capacity to {2 * num_envs} or more"
+        )
+    return rows
+
+
+def specs(example: Record) -> Record:
+    """Return shapes and dtypes of one record, without 64-bit types unless jax has them on."""
+
+    def spec(leaf: Any) -> jax.ShapeDtypeStruct:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(dtype))
+
+    return jax.tree.map(spec, example)
+
+
+def allocate(shape: tuple[int, ...], dtype: Any, directory: Path | None, number: int) -> Any:
+    """Return zeros in memory, or memory-mapped from a file of `directory`."""
+    if directory is None:
+        return np.zeros(shape, dtype)
+    # .npy has no name for the small floats of ml_dtypes: keep their bytes and view them.
+    name = directory / f"leaf_{number:03d}.npy"
+    size = np.dtype(f"V{np.dtype(dtype).itemsize}")
+    return np.lib.format.open_memmap(name, "w+", size, shape).view(dtype)
+
+
+def check_record(stored: Record, record: Record) -> None:
+    """Refuse a record [E, ...] that is not what the ring [E, C, ...] stores."""
+    check_same(stored, record, "record", lambda old: (old.shape[0], *old.shape[2:]))
+
+
+def check_same(stored: Any, new: Any, name: str, shape_of: Callable[[Any], Any]) -> None:
+    """Refuse `new` unless its leaves have the dtypes of `stored` and the shapes `shape_of`."""
+    if jax.tree.structure(stored) != jax.tree.structure(new):
+        raise ValueError(
+            f"{name}: expected the structure {jax.tree.structure(stored)}, got "
+            f"{jax.tree.structure(new)}; the ring stores what its example had"
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(stored)
+    for (path, old), leaf in zip(leaves, jax.tree.leaves(new), strict=True):
+        if leaf.shape != shape_of(old) or leaf.dtype != old.dtype:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)}: expected {old.dtype} {shape_of(old)}, got "
+                f"{leaf.dtype} {leaf.shape}; convert it before it enters the ring"
+            )
+
+
+@partial(jax.jit, static_argnames=("spec", "num_envs", "rows"))
+def address(
+    key: Key, head: Array, size: Array, spec: SampleSpec, num_envs: int, rows: int
+) -> tuple[Array, Array, Array]:
+    """Return (environment, row, valid) of a sample, broadcast to [K, B, T] or [E, T]."""
+    if not 1 <= spec.length <= rows:
+        raise ValueError(
+            f"length: expected 1 to {rows} (rows of the ring), got {spec.length}; raise --capacity"
+        )
+    time = jnp.arange(spec.length)
+    if spec.kind == "latest":
+        env = jnp.arange(num_envs)[:, None]
+        age = size - spec.length + time
+    elif spec.kind == "sequences":
+        shape = (spec.updates, spec.batch_size, 1)
+        env_key, start_key = jax.random.split(key)
+        env = jax.random.randint(env_key, shape, 0, num_envs)
+        windows = jnp.maximum(size - spec.length + 1, 1)
+        age = jax.random.randint(start_key, shape, 0, windows) + time
+    else:
+        raise ValueError(f"kind: expected 'sequences', 'latest' or 'all', got {spec.kind!r}")
+    env, row, age = jnp.broadcast_arrays(env, (head - size + age) % rows, age)
+    return env, row, (age >= 0) & (age < size)
+
+
+def first_of(env: Any, row: Any) -> Any:
+    """Return the address int32 [..., 2] of the first record of each sequence."""
+    xp = np if isinstance(env, np.ndarray) else jnp
+    return xp.stack([env[..., 0], row[..., 0]], axis=-1)
+
+
+def starts_transition(is_first: Any, is_last: Any, head: Any, size: Any, xp: Any) -> Any:
+    """Return [E, C]: row `t` and its successor are one step of one episode."""
+    rows = is_first.shape[1]
+    age = (xp.arange(rows) - head + size) % rows
+    return (age < size - 1) & ~is_last & ~xp.roll(is_first, -1, axis=1)
+
+
+def rows_of(index: Any, length: int, rows: int, xp: Any) -> tuple[Any, Any]:
+    """Return flat (environment, row) of all records of the sequences that start at `index`."""
+    env, row = xp.broadcast_arrays(index[..., :1], index[..., 1:] + xp.arange(length))
+    return env.reshape(-1), row.reshape(-1) % rows
+
+
+def check_address(index: Any) -> Any:
+    """Return `index`, or refuse a batch that has none."""
+    if index is None:
+        raise ValueError(
+            "index: got None, expected int32 [..., 2]; only batches of kind 'sequences' have an "
+            "address to write back to, so `update` must return no feedback for other kinds"
+        )
+    return index
+
+
+def replace(extras: Any, values: Any, lead: tuple[int, ...], write: Any, name: str) -> Any:
+    """Write `values` over the matching entries of the nested dict `extras`."""
+    if values is None:
+        return extras
+    if isinstance(values, Mapping):
+        known = sorted(extras) if isinstance(extras, Mapping) else []
+        for key in values:
+            if key not in known:
+                raise ValueError(
+                    f"values: {name} has no entry {key!r} to write back to, only {known}; "
+                    "let `act` return it among the extras"
+                )
+        new = {k: replace(extras[k], v, lead, write, f"{name}.{k}") for k, v in values.items()}
+        return {**extras, **new}
+
+    def checked(old: Any, new: Any) -> Any:
+        fits = new.ndim == old.ndim - 1 + len(lead) and new.shape[: len(lead)] == lead
+        if not fits or new.shape[len(lead) + 1 :] != old.shape[2:]:
+            raise ValueError(
+                f"values: {name} expected the shape {(*lead, 'T', *old.shape[2:])}, got {new.shape}"
+            )
+        if not any(
+            jnp.issubdtype(old.dtype, kind) and jnp.issubdtype(new.dtype, kind)
+            for kind in (jnp.floating, jnp.integer, old.dtype)
+        ):
+            raise ValueError(f"values: {name} is stored as {old.dtype}, got {new.dtype}")
+        return write(old, new)
+
+    return jax.tree.map(checked, extras, values)
