@@ -1,0 +1,355 @@
+"""`mbrl report`: learning curves and a table from the metrics of one or several runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # run as a file: imports start at the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import tyro
+
+from scripts.cli import parse, run
+
+TRAIN, EVAL = "episode_return", "eval/return_mean"
+PANEL_WORDS = ("holdout", "loss", "error")
+COLOURS = ("#2f6fb0", "#d1603d", "#3d9970", "#8e5ea2", "#c9a227", "#4a5568", "#c2477f", "#5bb5c4")
+INK, FAINT = "#2d3748", "#d8dee6"
+
+Seed = tuple[int, int]
+"""Number of the file and seed in it: one seed may lie in several folders of a sweep."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Draw learning curves (median over seeds, band of the middle half) and print a table."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders; each is one curve over all seeds found below it."""
+    out: str = ""  # PNG to write; curve.png in the first run when empty
+    labels: tuple[str, ...] = ()  # names of the runs; folder names when empty
+    title: str = ""  # above the figure; the environment when the runs tell it
+    window: int = 10  # training episodes in the moving average, at most a tenth of them
+    json: bool = False  # print the table as one JSON object
+
+
+class Run(NamedTuple):
+    """Metrics of one run: `series[name][seed]` is a pair of arrays (steps, values)."""
+
+    label: str
+    series: dict[str, dict[Seed, tuple[np.ndarray, np.ndarray]]]
+
+
+class Curve(NamedTuple):
+    """Statistics over seeds on a common grid of steps; all [G]."""
+
+    steps: np.ndarray
+    median: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def main(argv: list[str]) -> int:
+    """Write the figure, print the table."""
+    config = parse(ReportConfig, argv, "mbrl report")
+    if not config.runs:
+        raise ValueError(
+            "RUN: got none, expected one or more run folders: mbrl report runs/pendulum"
+        )
+    if config.labels and len(config.labels) != len(config.runs):
+        raise ValueError(
+            f"--labels: got {len(config.labels)} for {len(config.runs)} runs, expected one for each"
+        )
+    if config.window < 1:
+        raise ValueError(f"--window: got {config.window}, expected at least 1")
+    labels = config.labels or [Path(path).resolve().name for path in config.runs]
+    runs = [load(Path(path), label) for path, label in zip(config.runs, labels, strict=True)]
+    out = Path(config.out or Path(config.runs[0]) / "curve.png")
+    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out: got {out}, expected a name that ends in .png, .pdf or .svg")
+    draw(runs, out, config.title or _environment(config.runs), config.window)
+    rows = [summarize(one) for one in runs]
+    if config.json:
+        print(json.dumps({"figure": str(out), "runs": rows}))
+    else:
+        _print(rows, out)
+    return 0
+
+
+def load(folder: Path, label: str) -> Run:
+    """Read every `metrics.jsonl` in or below a folder.
+
+    Raises:
+      ValueError: when there is none, it holds no number, or a line is malformed.
+    """
+    files = [folder] if folder.is_file() else sorted(folder.rglob("metrics.jsonl"))
+    if not files:
+        raise ValueError(
+            f"RUN: got {folder}, expected a folder with metrics.jsonl (mbrl train --out)"
+        )
+    points: dict[str, dict[Seed, list[tuple[float, float]]]] = {}
+    for number, file in enumerate(files):
+        for row in read_lines(file):
+            seed = (number, int(row.get("seed", 0)))
+            for name, value in row.items():
+                if name in ("step", "seed", "time") or isinstance(value, bool):
+                    continue
+                if isinstance(value, int | float) and math.isfinite(value):
+                    points.setdefault(name, {}).setdefault(seed, []).append((row["step"], value))
+    if not points:
+        raise ValueError(f"RUN: {folder} holds no metrics yet; train for longer first")
+    return Run(label, {name: _arrays(seeds) for name, seeds in points.items()})
+
+
+def _arrays(seeds: Mapping[Seed, list[tuple[float, float]]]) -> dict[Seed, Any]:
+    pairs = {seed: np.array(sorted(rows, key=lambda row: row[0])) for seed, rows in seeds.items()}
+    return {seed: (rows[:, 0], rows[:, 1]) for seed, rows in sorted(pairs.items())}
+
+
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSONL file; a torn last line (a killed writer) is skipped.
+
+    Raises:
+      ValueError: naming file and line, for any other line without an object and a step.
+    """
+    lines = file.read_text("utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
+                raise ValueError("expected an object with a number 'step'")
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise ValueError(f"{file}, line {number}: {error}; got {line[:80]!r}") from error
+        yield row
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Average each value of [T] with up to `window - 1` values before it."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    index = np.arange(1, len(values) + 1)
+    start = np.maximum(index - window, 0)
+    return (total[index] - total[start]) / (index - start)
+
+
+def curve(seeds: Sequence[tuple[np.ndarray, np.ndarray]], window: int = 1) -> Curve:
+    """Summarize the curves of several seeds where all of them have data.
+
+    Args:
+      seeds: (steps [T], values [T]) of each seed, steps ascending; lengths may differ.
+      window: values in the moving average of each seed.
+
+    Returns:
+      The median, with the middle half as band from four seeds on, else minimum to maximum.
+    """
+    start = max(steps[0] for steps, _ in seeds)
+    stop = min(steps[-1] for steps, _ in seeds)
+    if start >= stop:
+        grid = np.array([stop])
+    else:
+        every = np.unique(np.concatenate([steps for steps, _ in seeds]))
+        grid = every[(every >= start) & (every <= stop)]
+        grid = grid if len(grid) <= 400 else np.linspace(start, stop, 400)
+    values = np.stack([np.interp(grid, steps, smooth(v, window)) for steps, v in seeds])
+    quantiles = (25, 75) if len(seeds) >= 4 else (0, 100)
+    low, high = np.percentile(values, quantiles, axis=0)
+    return Curve(grid, np.median(values, 0), low, high)
+
+
+def interquartile_mean(values: np.ndarray) -> float:
+    """Return the mean of the middle half of [K], with fractional weights at its ends.
+
+    Reference: Agarwal et al. 2021 (arXiv:2108.13264).
+    """
+    ordered = np.sort(np.asarray(values, float))
+    edges = np.arange(len(ordered) + 1) / len(ordered)
+    weight = np.clip(np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25), 0.0, None)
+    return float(ordered @ weight / weight.sum())
+
+
+def summarize(one: Run) -> dict[str, Any]:
+    """Return the last results of a run over its seeds: mean, std, IQM, min, max.
+
+    A seed counts with its last evaluation; without one with its last ten episodes.
+    """
+    source = EVAL if EVAL in one.series else TRAIN
+    seeds = one.series.get(source, {})
+    last = 1 if source == EVAL else 10
+    finals = np.array([values[-last:].mean() for _, values in seeds.values()])
+    steps = max(
+        (steps[-1] for line in one.series.values() for steps, _ in line.values()), default=0
+    )
+    row: dict[str, Any] = {"run": one.label, "steps": int(steps), "seeds": len(seeds)}
+    row["source"] = "evaluation" if source == EVAL else "last 10 episodes"
+    if len(finals) == 0:
+        return row | {"source": "no finished episode"}
+    return row | {
+        "mean": float(finals.mean()),
+        "std": float(finals.std()),
+        "iqm": interquartile_mean(finals),
+        "min": float(finals.min()),
+        "max": float(finals.max()),
+    }
+
+
+def panels(runs: Sequence[Run], most: int = 3) -> list[str]:
+    """Choose the metrics for the small panels: held-out errors first, then losses."""
+    names = {name for one in runs for name in one.series if not name.startswith("eval/")}
+    chosen: list[str] = []
+    for word in PANEL_WORDS:
+        chosen += sorted(name for name in names if word in name.lower() and name not in chosen)
+    return chosen[:most]
+
+
+def draw(runs: Sequence[Run], out: Path, title: str = "", window: int = 10) -> None:
+    """Write the figure: returns at the left, model errors at the right where there are any.
+
+    Args:
+      runs: one curve each.
+      out: file to write; its ending gives the format.
+      title: headline.
+      window: training episodes in the moving average.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    small = panels(runs)
+    with plt.rc_context(_STYLE):
+        figure = plt.figure(figsize=(10.5 if small else 7.5, 4.6), layout="constrained")
+        columns = (2.4, 1.0) if small else (1.0,)
+        grid = figure.add_gridspec(max(len(small), 1), len(columns), width_ratios=columns)
+        main_axes = figure.add_subplot(grid[:, 0])
+        for colour, one in zip(_colours(len(runs)), runs, strict=True):
+            _draw_returns(main_axes, one, colour, window)
+        main_axes.set(xlabel="environment steps", ylabel="return")
+        _finish(main_axes)
+        if main_axes.get_legend_handles_labels()[1]:
+            main_axes.legend(loc="best")
+        if title:
+            main_axes.set_title(title, loc="left", fontweight="bold")
+        for row, name in enumerate(small):
+            axes = figure.add_subplot(grid[row, 1])
+            _draw_panel(axes, runs, name, last=row == len(small) - 1)
+            axes.set_xlim(main_axes.get_xlim())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=160)
+        plt.close(figure)
+
+
+_STYLE = {
+    "font.size": 10.0,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+}
+
+
+def _colours(number: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(number)]
+
+
+def _draw_returns(axes: Any, one: Run, colour: str, window: int) -> None:
+    training, evaluation = one.series.get(TRAIN), one.series.get(EVAL)
+    count = len(evaluation or training or {})
+    label = one.label if count == 1 else f"{one.label} ({count} seeds)"
+    if training:
+        for steps, values in training.values():
+            axes.plot(steps, values, ".", ms=5, color=colour, alpha=0.25, mew=0)
+        shortest = min(len(values) for _, values in training.values())
+        line = curve(list(training.values()), max(1, min(window, shortest // 10)))
+        if evaluation:
+            style = {"lw": 1.1, "alpha": 0.6, "color": colour, "label": f"{one.label}, training"}
+            axes.plot(line.steps, line.median, "-", **style)
+        else:
+            axes.fill_between(line.steps, line.low, line.high, color=colour, alpha=0.18, lw=0)
+            style = {"lw": 2.0, "ms": 4.5, "color": colour, "label": label}
+            axes.plot(line.steps, line.median, "-", marker=_marker(line), **style)
+    if evaluation:
+        line = curve(list(evaluation.values()))
+        axes.fill_between(line.steps, line.low, line.high, color=colour, alpha=0.18, lw=0)
+        style = {"lw": 2.0, "ms": 4.5, "color": colour, "label": f"{label}, evaluation"}
+        axes.plot(line.steps, line.median, "-", marker=_marker(line), **style)
+
+
+def _marker(line: Curve) -> str:
+    return "o" if len(line.steps) <= 30 else ""
+
+
+def _draw_panel(axes: Any, runs: Sequence[Run], name: str, last: bool) -> None:
+    lowest, highest = math.inf, -math.inf
+    for colour, one in zip(_colours(len(runs)), runs, strict=True):
+        if name not in one.series:
+            continue
+        line = curve(list(one.series[name].values()))
+        axes.fill_between(line.steps, line.low, line.high, color=colour, alpha=0.18, lw=0)
+        marker = "o" if len(line.steps) == 1 else ""
+        axes.plot(line.steps, line.median, "-", marker=marker, lw=1.4, color=colour)
+        lowest, highest = min(lowest, line.low.min()), max(highest, line.high.max())
+    if 0 < 10 * lowest < highest:
+        axes.set_yscale("log")
+    axes.set_title(name, loc="left", fontsize=9)
+    axes.tick_params(which="both", labelsize=8)
+    axes.tick_params(labelbottom=last)
+    _finish(axes, ticks=4)
+
+
+def _finish(axes: Any, ticks: int = 7) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    def short(value: float, _: Any) -> str:
+        for unit, name in ((1e6, "M"), (1e3, "k")):
+            if abs(value) >= 10 * unit:
+                return f"{value / unit:g}{name}"
+        return f"{value:g}"
+
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.margins(x=0.02)
+
+
+def _environment(runs: Sequence[str]) -> str:
+    found = set()
+    for path in runs:
+        config = Path(path) / "config.json"
+        if config.is_file():
+            found.add(str(json.loads(config.read_text("utf-8")).get("env", "")))
+    return found.pop() if len(found) == 1 else ""
+
+
+def _print(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="final return over seeds", title_justify="left")
+    for name in ("run", "steps", "seeds", "mean", "std", "IQM", "min", "max", "from"):
+        table.add_column(name, justify="left" if name in ("run", "from") else "right")
+    for row in rows:
+        numbers = [row.get(name) for name in ("mean", "std", "iqm", "min", "max")]
+        shown = ["-" if number is None else f"{number:,.1f}" for number in numbers]
+        table.add_row(row["run"], f"{row['steps']:,}", str(row["seeds"]), *shown, row["source"])
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"figure: {out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

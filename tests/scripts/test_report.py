@@ -1,0 +1,181 @@
+"""`mbrl report`: statistics over seeds, and a figure from whatever metrics there are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scripts import report
+from scripts.cli import run as run_job
+
+
+def write(folder: Path, *rows: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def episode(step: int, value: float, seed: int = 0, **more: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "kind": "train",
+        "seed": seed,
+        "time": 0.1,
+        "episode_return": value,
+        **more,
+    }
+
+
+def evaluation(step: int, value: float, seed: int = 0) -> dict[str, Any]:
+    return {"step": step, "kind": "eval", "seed": seed, "time": 0.1, "eval/return_mean": value}
+
+
+def test_moving_average_by_hand() -> None:
+    values = np.array([2.0, 4.0, 6.0, 8.0])
+    np.testing.assert_allclose(report.smooth(values, 1), values)
+    np.testing.assert_allclose(report.smooth(values, 2), [2, 3, 5, 7])
+    np.testing.assert_allclose(report.smooth(values, 99), [2, 3, 4, 5])
+
+
+def test_median_and_range_of_seeds_on_different_steps() -> None:
+    steps = np.array([0.0, 10.0])
+    seeds = [(steps, steps * k) for k in (1.0, 2.0, 6.0)]
+    seeds.append((np.array([5.0, 20.0]), np.array([10.0, 40.0])))  # again 2 per step
+    line = report.curve(seeds)
+    np.testing.assert_allclose(line.steps, [5, 10])
+    np.testing.assert_allclose(line.median, [10, 20])
+    np.testing.assert_allclose(line.low, [8.75, 17.5])  # quartiles of 1, 2, 2, 6
+    np.testing.assert_allclose(line.high, [15, 30])
+    three = report.curve(seeds[:3])
+    np.testing.assert_allclose(three.low, three.steps)
+    np.testing.assert_allclose(three.high, 6 * three.steps)
+
+
+def test_seeds_without_common_steps() -> None:
+    line = report.curve([(np.array([0.0, 1.0]), np.ones(2)), (np.array([5.0]), np.full(1, 3.0))])
+    np.testing.assert_allclose(line.median, [2.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([7.0], 7.0),
+        ([0.0, 10.0], 5.0),
+        ([0.0, 1.0, 3.0, 100.0], 2.0),
+        ([100.0, 2.0, 1.0, 3.0, -50.0], (0.75 * 1 + 2 + 0.75 * 3) / 2.5),
+    ],
+)
+def test_interquartile_mean_by_hand(values: list[float], expected: float) -> None:
+    assert report.interquartile_mean(np.array(values)) == pytest.approx(expected)
+
+
+def test_interquartile_mean_of_many_is_the_trimmed_mean() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    expected = np.sort(values)[100:300].mean()
+    assert report.interquartile_mean(values) == pytest.approx(expected)
+
+
+def test_summary_uses_the_last_evaluation_of_each_seed(tmp_path: Path) -> None:
+    rows = [evaluation(100, -9.0), evaluation(200, 1.0), evaluation(100, -9.0, 1)]
+    rows += [evaluation(200, 3.0, 1), episode(300, 77.0)]
+    row = report.summarize(report.load(write(tmp_path, *rows), "x"))
+    assert row["mean"] == 2.0
+    assert row["std"] == 1.0
+    assert (row["min"], row["max"], row["seeds"], row["steps"]) == (1.0, 3.0, 2, 300)
+    assert row["source"] == "evaluation"
+
+
+def test_summary_without_evaluation(tmp_path: Path) -> None:
+    rows = [episode(t, float(t)) for t in range(1, 21)]
+    row = report.summarize(report.load(write(tmp_path, *rows), "x"))
+    assert row["mean"] == np.mean(range(11, 21))
+    empty = write(tmp_path / "b", {"step": 5, "kind": "train", "seed": 0, "model/loss": 1.0})
+    assert report.summarize(report.load(empty, "x"))["source"] == "no finished episode"
+
+
+def test_seeds_in_folders_of_their_own_are_kept_apart(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / f"run{i}", evaluation(100, float(i)))
+    assert report.summarize(report.load(tmp_path, "x"))["mean"] == 1.0
+    assert report.summarize(report.load(tmp_path, "x"))["seeds"] == 3
+
+
+def test_missing_numbers_and_a_torn_last_line_are_skipped(tmp_path: Path) -> None:
+    write(tmp_path, episode(1, 2.0), episode(2, float("nan")), {"step": 3, "episode_return": None})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "episode_ret')
+    steps, values = report.load(tmp_path, "x").series["episode_return"][(0, 0)]
+    assert (steps.tolist(), values.tolist()) == ([1], [2.0])
+
+
+@pytest.mark.parametrize(
+    "line", ["{not json", "[1, 2]", '{"episode_return": 1.0}', '{"step": "1"}']
+)
+def test_malformed_line_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "episode_return": 1}\n' + line + '\n{"step": 2}\n'
+    )
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: "):
+        report.load(tmp_path, "x")
+
+
+def test_panels_prefer_held_out_errors() -> None:
+    names = ("value", "model/loss", "eval/loss", "model/holdout_mse", "reward/error", "a_loss")
+    one = report.Run("x", {name: {} for name in names})
+    assert report.panels([one]) == ["model/holdout_mse", "a_loss", "model/loss"]
+
+
+def png_size(file: Path) -> tuple[int, int]:
+    data = file.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_figure_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        episode(t, -1000.0 + t + 10 * seed, seed, **{"model/holdout_mse": 1 / t})
+        for t in range(100, 1100, 100)
+        for seed in range(5)
+    ]
+    many = write(tmp_path / "many", *rows, *[evaluation(1000, -5.0, seed) for seed in range(5)])
+    single = write(tmp_path / "single", episode(100, -3.0), episode(20_000, -2.0))
+    out = tmp_path / "new" / "a.png"
+    argv = [str(many), str(single), "--out", str(out), "--labels", "PETS", "other", "--json"]
+    assert report.main(argv) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in printed["runs"]] == ["PETS", "other"]
+    assert [row["mean"] for row in printed["runs"]] == [-5.0, -2.5]
+    wide = png_size(out)
+    assert report.main([str(single)]) == 0
+    assert "single" in capsys.readouterr().out
+    narrow = png_size(single / "curve.png")
+    assert narrow[0] < wide[0]  # without model errors there is no second column
+    assert narrow[1] == wide[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "RUN: got none"),
+        (["{nowhere}"], "expected a folder with metrics.jsonl"),
+        (["{run}", "--labels", "a", "b"], "--labels: got 2 for 1 runs"),
+        (["{run}", "--window", "0"], "--window: got 0, expected at least 1"),
+        (["{run}", "--out", "curve.txt"], "--out: got curve.txt"),
+        (["{empty}"], "holds no metrics yet"),
+    ],
+)
+def test_bad_input(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "run", episode(1, 1.0))
+    write(tmp_path / "empty")
+    places = {name: str(tmp_path / name) for name in ("run", "empty", "nowhere")}
+    assert run_job(report.main, [arg.format(**places) for arg in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
