@@ -27,6 +27,7 @@ def test_box_keeps_asymmetric_bounds_and_casts_float64():
 )
 def test_box_dtypes(dtype, expected):
     box = spec.observation_space(spaces.Box(0, 100, (2, 3), dtype))
+    assert isinstance(box, Box)
     assert box.dtype == expected
     assert (box.low == 0).all()
     assert (box.high == 100).all()
@@ -35,15 +36,16 @@ def test_box_dtypes(dtype, expected):
 def test_int64_bounds_are_cut_to_int32():
     limit = np.iinfo(np.int64)
     box = spec.observation_space(spaces.Box(limit.min, limit.max, (1,), np.int64))
+    assert isinstance(box, Box)
     assert box.low == np.iinfo(np.int32).min
     assert box.high == np.iinfo(np.int32).max
 
 
 def test_integer_spaces():
     assert spec.observation_space(spaces.Discrete(4, start=7)) == Discrete(4)
-    assert spec.observation_space(spaces.MultiDiscrete([[2, 3], [4, 5]])) == MultiDiscrete(
-        (2, 3, 4, 5)
-    )
+    assert spec.observation_space(
+        spaces.MultiDiscrete(np.array([[2, 3], [4, 5]]))
+    ) == MultiDiscrete((2, 3, 4, 5))
     assert spec.observation_space(spaces.MultiBinary(3)) == MultiDiscrete((2, 2, 2))
 
 
