@@ -30,7 +30,6 @@ from mbrl.types import (
     Array,
     Batch,
     Box,
-    Carry,
     EnvSpec,
     Key,
     Metrics,
@@ -127,7 +126,7 @@ def make_pets(
     mpc = planner(mdp, config.planner)
     optimizer = optax.chain(
         optim.clip_by_member_norm(config.clip_norm),
-        optax.adamw(config.learning_rate, weight_decay=config.weight_decay, mask=_decays),
+        optax.adamw(config.learning_rate, weight_decay=config.weight_decay, mask=optim.decay_mask),
     )
     optimizer = optim.apply_if_finite_counted(optimizer)
     fit_config = FitConfig(
@@ -156,7 +155,7 @@ def make_pets(
     def update(state: PETSState, batch: Batch, key: Key) -> tuple[PETSState, Metrics, None]:
         data, valid = replay.transitions(batch)
         holdout = replay.holdout_mask(batch.valid.shape, config.holdout).reshape(-1)
-        params = model.standardize(state.model, data, valid.astype(jnp.float32))
+        params = model.standardize(state.model, data, valid)
         fit = fit_members(
             lambda weights, rows: model.loss(weights, params, rows),
             lambda weights, rows, mask: model.error(weights, params, rows, mask),
@@ -165,14 +164,15 @@ def make_pets(
         )  # fmt: skip
         elites = jnp.argsort(fit.error)[: config.elites]
         params = params._replace(weights=fit.weights, elites=elites)
-        return PETSState(model=params, opt_state=fit.opt_state), fit.metrics, None
+        metrics = {
+            **fit.metrics,
+            "model/skipped_updates": fit.opt_state.skipped.astype(jnp.float32),
+            "model/skipped_in_a_row": fit.opt_state.consecutive.astype(jnp.float32),
+        }
+        return PETSState(model=params, opt_state=fit.opt_state), metrics, None
 
     sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
     return Agent(init, begin, act, update, sampling)
-
-
-def _decays(weights: Any) -> Any:
-    return optim.decay_mask(weights, exclude=("bias", "logvar"))
 
 
 def _check(spec: EnvSpec, config: PETSConfig) -> None:

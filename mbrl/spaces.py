@@ -57,8 +57,9 @@ def sample(space: Space, key: Key, batch: tuple[int, ...] = ()) -> Any:
             return jax.random.randint(key, batch, 0, space.num)
         case MultiDiscrete():
             return jax.random.randint(key, (*batch, len(space.nums)), 0, jnp.asarray(space.nums))
-    keys = jax.random.split(key, len(space))
-    return {name: sample(space[name], k, batch) for name, k in zip(sorted(space), keys, strict=True)}
+    names = sorted(space)
+    keys = jax.random.split(key, len(names))
+    return {name: sample(space[name], k, batch) for name, k in zip(names, keys, strict=True)}
 
 
 def finite_bounds(space: Box, name: str) -> tuple[Array, Array]:

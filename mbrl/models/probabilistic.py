@@ -163,8 +163,8 @@ def probabilistic_ensemble(
         weights = net.init(key, jnp.zeros((num_members, 1, num_inputs)))
         return EnsembleState(
             Weights(weights, bounds(-10.0), bounds(0.5)),
-            normalization.identity(num_inputs),
-            normalization.identity(num_targets),
+            normalization.empty((num_inputs,)),
+            normalization.empty((num_targets,)),
             jnp.arange(num_elites),
         )
 
@@ -346,4 +346,4 @@ def _disagreement(state: EnsembleState, members: Prediction) -> Array:
     that one coefficient means the same in every environment.
     """
     relative = jnp.sqrt(jnp.mean(member_disagreement(members.mean) ** 2, -1))
-    return relative * normalization.std(state.targets)[-1]
+    return relative * state.targets.std[-1]

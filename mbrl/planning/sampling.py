@@ -79,8 +79,8 @@ def sampling_planner(
       value: optional terminal value of the last imagined state.
 
     Returns:
-      A `Planner`; `info` holds `value` [B] (score of the executed plan's estimate) and
-      `plan` [B, H, ...] in the units of the environment.
+      A `Planner`; `info` holds `value` [B], the score of the best plan of the last
+      iteration, and `plan` [B, H, ...], what is executed, in the units of the environment.
     """
 
     def init(batch: int) -> SamplingCarry:
@@ -90,22 +90,29 @@ def sampling_planner(
         return SamplingCarry(dist, kept, jnp.zeros(batch, bool))
 
     def iterate(
-        params: Params, key: Key, state: State, carry: SamplingCarry, population: int, last: bool
-    ) -> tuple[SamplingCarry, Array, Array]:
+        params: Params,
+        state: State,
+        carry: SamplingCarry,
+        key: Key,
+        population: int,
+        last: Array | bool,
+    ) -> tuple[SamplingCarry, tuple[Array, Array]]:
+        """Refine once; return the best plan [B, H, ...] and its value [B] as well."""
         sample_key, prior_key, score_key = jax.random.split(key, 3)
         plans = space.sample(sample_key, carry.dist, population)
         plans = put_first(plans, carry.kept, carry.usable)
-        everywhere = jnp.ones_like(carry.usable)
         if prior is not None and config.prior_plans:
             told = prior_plans(mdp, space, config, params, prior_key, state, prior)
-            plans = jnp.concatenate([told, plans[:, : population - config.prior_plans]], 1)
-        if recipe.insert_mode and last:
+            plans = jnp.concatenate([plans[:, : population - config.prior_plans], told], 1)
+        if recipe.insert_mode:
             mode = space.mode(carry.dist)[:, None]
-            plans = jnp.concatenate([plans[:, : population - 1], mode], 1)
+            plans = put_first(plans, mode, jnp.broadcast_to(last, carry.usable.shape))
         values = score_plans(mdp, space, config, params, score_key, state, plans, value)
         dist = space.fit(carry.dist, plans, recipe.weigh(values), config.momentum)
-        kept = best_plans(plans, values, recipe.num_kept)
-        return SamplingCarry(dist, kept, everywhere), plans, values
+        kept = best_plans(plans, values, max(recipe.num_kept, 1))
+        usable = jnp.ones_like(carry.usable)
+        best = kept[:, 0], values.max(1)
+        return SamplingCarry(dist, kept[:, : recipe.num_kept], usable), best
 
     def plan(
         params: Params, key: Key, state: State, carry: SamplingCarry
@@ -113,21 +120,20 @@ def sampling_planner(
         fresh_key, key = jax.random.split(key)
         sizes = populations(config)
         keys = jax.random.split(key, len(sizes))
-        repeats = len(sizes) - 1 if len(set(sizes)) == 1 else 0
-
-        def body(carry: SamplingCarry, key: Key) -> tuple[SamplingCarry, None]:
-            return iterate(params, key, state, carry, sizes[0], last=False)[0], None
-
-        if repeats:  # equal populations: one traced body
-            carry, _ = jax.lax.scan(body, carry, keys[:repeats])
-        for i in range(repeats, len(sizes) - 1):
-            carry = iterate(params, keys[i], state, carry, sizes[i], last=False)[0]
-        carry, plans, values = iterate(params, keys[-1], state, carry, sizes[-1], last=True)
-
-        best = best_plans(plans, values, 1)[:, 0]
-        chosen = best if recipe.execute_best else space.mode(carry.dist)
-        actions = space.decode(chosen)
-        info = {"value": values.max(1), "plan": actions}
+        if len(set(sizes)) == 1:  # one traced body compiles several times faster
+            lasts = jnp.arange(len(sizes)) == len(sizes) - 1
+            carry, (plans, values) = jax.lax.scan(
+                lambda carry, x: iterate(params, state, carry, x[0], sizes[0], x[1]),
+                carry, (keys, lasts),
+            )  # fmt: skip
+            best, best_value = plans[-1], values[-1]
+        else:
+            for i, size in enumerate(sizes):
+                last = i == len(sizes) - 1
+                carry, best = iterate(params, state, carry, keys[i], size, last)
+            best, best_value = best
+        actions = space.decode(best if recipe.execute_best else space.mode(carry.dist))
+        info = {"value": best_value, "plan": actions}
         return actions[:, 0], _advance(fresh_key, carry), info
 
     def _advance(key: Key, carry: SamplingCarry) -> SamplingCarry:

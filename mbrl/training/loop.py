@@ -388,9 +388,10 @@ def run_host(
     def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(over_seeds(fn, num_seeds), donate_argnums=0)
 
-    run_act = {
-        mode: compiled(lambda s, now, h, m=mode: act(s, now, h, m)) for mode in ("random", "explore")
-    }
+    def actor(mode: Mode) -> Callable[..., Any]:
+        return compiled(lambda learner, now, hyper: act(learner, now, hyper, mode))
+
+    run_act = {"random": actor("random"), "explore": actor("explore")}
     run_learn = compiled(learn)
     if snapshot is None:
         learner = start_learners(factory, envs[0].spec, config, hyper)
