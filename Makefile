@@ -21,7 +21,7 @@ define install
 	@PYTHON=$(BIN)/python .ci/find-python >/dev/null
 	@echo "installing $(1) into $(VENV) (a minute or two)"
 	@if command -v uv >/dev/null 2>&1 && uv pip install -q --python $(BIN)/python -e '$(1)'; then :; \
-	else $(BIN)/python -m pip install -q --disable-pip-version-check -e '$(1)'; fi
+	else $(BIN)/python -m pip install -qq --disable-pip-version-check -e '$(1)'; fi
 	@touch $@
 endef
 

@@ -246,7 +246,7 @@ def draw(runs: Sequence[Run], out: Path, title: str = "", window: int = 10) -> N
         plt.close(figure)
 
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10.0,
     "text.color": INK,
     "axes.labelcolor": INK,
