@@ -16,6 +16,7 @@ if __name__ == "__main__":  # run as a file: imports start at the checkout
 import numpy as np
 import tyro
 
+from mbrl.training.evaluation import statistics
 from scripts.cli import parse, run
 
 TRAIN, EVAL = "episode_return", "eval/return_mean"
@@ -164,17 +165,6 @@ def curve(seeds: Sequence[tuple[np.ndarray, np.ndarray]], window: int = 1) -> Cu
     return Curve(grid, np.median(values, 0), low, high)
 
 
-def interquartile_mean(values: np.ndarray) -> float:
-    """Return the mean of the middle half of [K], with fractional weights at its ends.
-
-    Reference: Agarwal et al. 2021 (arXiv:2108.13264).
-    """
-    ordered = np.sort(np.asarray(values, float))
-    edges = np.arange(len(ordered) + 1) / len(ordered)
-    weight = np.clip(np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25), 0.0, None)
-    return float(ordered @ weight / weight.sum())
-
-
 def summarize(one: Run) -> dict[str, Any]:
     """Return the last results of a run over its seeds: mean, std, IQM, min, max.
 
@@ -191,13 +181,8 @@ def summarize(one: Run) -> dict[str, Any]:
     row["source"] = "evaluation" if source == EVAL else "last 10 episodes"
     if len(finals) == 0:
         return row | {"source": "no finished episode"}
-    return row | {
-        "mean": float(finals.mean()),
-        "std": float(finals.std()),
-        "iqm": interquartile_mean(finals),
-        "min": float(finals.min()),
-        "max": float(finals.max()),
-    }
+    extremes = {"min": float(finals.min()), "max": float(finals.max())}
+    return row | statistics(finals)._asdict() | extremes
 
 
 def panels(runs: Sequence[Run], most: int = 3) -> list[str]:

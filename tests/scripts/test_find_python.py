@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def stub(folder: Path, name: str, version: str, venv: bool = True) -> Path:
-    """Write a shell script that answers the three questions asked of a Python."""
-    minor = int(version.split(".")[1])
+    """Write a program that answers like a Python of another version."""
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        "#!/bin/sh\ncase $2 in\n"
-        f"*print*) echo {version};;\n"
-        f"*sys.exit*) exit {int(minor < 11)};;\n"
-        f"*venv*) exit {int(not venv)};;\nesac\n"
-    )
+    numbers = tuple(int(part) for part in version.split("."))
+    code = f"import sys; sys.version_info = {numbers}; "
+    code += "" if venv else "sys.modules['ensurepip'] = None; "
+    file.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}exec(sys.argv[1])" "$2"\n')
     file.chmod(0o755)
     return file
 
@@ -47,6 +45,7 @@ def test_newest_and_oldest(tmp_path: Path) -> None:
     for minor in (10, 11, 12):
         stub(tmp_path, f"python3.{minor}", f"3.{minor}.4")
     stub(tmp_path, "python3", "3.10.4")
+    stub(tmp_path, "python3.13", "3.13.1", venv=False)
     assert find(tmp_path).stdout.strip() == str(tmp_path / "python3.12")
     assert find(tmp_path, "oldest").stdout.strip() == str(tmp_path / "python3.11")
 
@@ -54,7 +53,7 @@ def test_newest_and_oldest(tmp_path: Path) -> None:
 def test_pyenv_is_searched_when_asked(tmp_path: Path) -> None:
     stub(tmp_path, "python3", "3.11.7")
     versions = tmp_path / "home" / ".pyenv" / "versions"
-    for version in ("3.12.9", "3.13.0", "3.13.10", "3.9.1"):
+    for version in ("3.12.11", "3.13.9", "3.13.10", "3.9.1"):
         stub(versions / version / "bin", "python", version)
     assert find(tmp_path).stdout.strip() == str(tmp_path / "python3")
     newest = find(tmp_path, "anywhere").stdout.strip()

@@ -60,31 +60,13 @@ def test_seeds_without_common_steps() -> None:
     np.testing.assert_allclose(line.median, [2.0])
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([7.0], 7.0),
-        ([0.0, 10.0], 5.0),
-        ([0.0, 1.0, 3.0, 100.0], 2.0),
-        ([100.0, 2.0, 1.0, 3.0, -50.0], (0.75 * 1 + 2 + 0.75 * 3) / 2.5),
-    ],
-)
-def test_interquartile_mean_by_hand(values: list[float], expected: float) -> None:
-    assert report.interquartile_mean(np.array(values)) == pytest.approx(expected)
-
-
-def test_interquartile_mean_of_many_is_the_trimmed_mean() -> None:
-    values = np.random.default_rng(0).normal(size=400)
-    expected = np.sort(values)[100:300].mean()
-    assert report.interquartile_mean(values) == pytest.approx(expected)
-
-
 def test_summary_uses_the_last_evaluation_of_each_seed(tmp_path: Path) -> None:
     rows = [evaluation(100, -9.0), evaluation(200, 1.0), evaluation(100, -9.0, 1)]
     rows += [evaluation(200, 3.0, 1), episode(300, 77.0)]
     row = report.summarize(report.load(write(tmp_path, *rows), "x"))
     assert row["mean"] == 2.0
     assert row["std"] == 1.0
+    assert row["iqm"] == 2.0
     assert (row["min"], row["max"], row["seeds"], row["steps"]) == (1.0, 3.0, 2, 300)
     assert row["source"] == "evaluation"
 
