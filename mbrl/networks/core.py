@@ -51,9 +51,35 @@ INITIALIZERS: dict[str, Callable[..., Array]] = {
 NORMS: dict[str, Callable[[], nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
+def _low(x: Array) -> Array:
+    return x.astype(jnp.bfloat16)
+
+
+@jax.custom_vjp
+def _bfloat16_matmul(x: Array, kernel: Array) -> Array:
+    return jnp.matmul(_low(x), _low(kernel), preferred_element_type=jnp.float32)
+
+
+def _bfloat16_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _bfloat16_matmul(x, kernel), (_low(x), _low(kernel))
+
+
+def _bfloat16_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    # JAX would multiply the float32 cotangent with the bfloat16 operand, which no matrix
+    # unit can do: both backward products would run at float32 speed.
+    x, kernel = saved
+    g = _low(g)
+    rows, cotangents = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    return product(g, kernel.T), product(rows.T, cotangents)
+
+
+_bfloat16_matmul.defvjp(_bfloat16_forward, _bfloat16_backward)
+
+
 def _bfloat16_dot(lhs: Array, rhs: Array, dimensions: Any, **_: Any) -> Array:
-    low = partial(jnp.asarray, dtype=jnp.bfloat16)
-    return jax.lax.dot_general(low(lhs), low(rhs), dimensions, preferred_element_type=jnp.float32)
+    assert dimensions == (((lhs.ndim - 1,), (0,)), ((), ()))
+    return _bfloat16_matmul(lhs, rhs)
 
 
 DOTS: dict[str, Callable[..., Array] | None] = {"float32": None, "bfloat16": _bfloat16_dot}

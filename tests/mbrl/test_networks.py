@@ -73,6 +73,8 @@ def test_pets_initializer_is_cut_at_two_sigmas_and_has_their_standard_deviation(
     # A standard normal cut at +-2 has standard deviation 0.8796.
     np.testing.assert_allclose(kernel.std(), 0.8796 * sigma, rtol=0.01)
     assert not np.any(params["Dense_0"]["bias"])
+    # The output layer, 400 -> 1, has the same fan-in.
+    np.testing.assert_allclose(np.std(params["Dense_1"]["kernel"]), 0.8796 * sigma, rtol=0.1)
 
 
 def test_fan_in_and_orthogonal_initializers() -> None:
@@ -121,7 +123,21 @@ def test_bfloat16_stays_close_in_value_and_gradient() -> None:
     flat = [ravel_pytree(jax.grad(f)(params))[0] for f in loss]
     cosine = flat[0] @ flat[1] / (jnp.linalg.norm(flat[0]) * jnp.linalg.norm(flat[1]))
     assert cosine > 0.999
+    np.testing.assert_allclose(jnp.linalg.norm(flat[0]), jnp.linalg.norm(flat[1]), rtol=0.02)
     assert not np.array_equal(flat[0], flat[1])
+
+
+def test_bfloat16_multiplies_in_bfloat16_on_the_way_back_too() -> None:
+    net = core.mlp((8, 8), 3, dtype="bfloat16")
+    x = _normal(11, 2, 5, 4)
+    params = net.init(KEY, x)
+    hlo = jax.jit(jax.grad(lambda p: jnp.square(net.apply(p, x)).sum())).lower(params).as_text()
+    products = [line for line in hlo.splitlines() if "dot_general" in line]
+    assert len(products) == 3 + 3 + 2  # forward, kernels, inputs but the first
+    for line in products:
+        operands, result = line.rsplit(":", 1)[1].split("->")
+        assert operands.count("bf16") == 2
+        assert "xf32>" in result
 
 
 @pytest.mark.parametrize(
