@@ -10,9 +10,11 @@ import dataclasses
 import difflib
 import importlib
 import os
+import re
 import sys
 import textwrap
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -178,7 +180,31 @@ def enable_compilation_cache() -> Path | None:
         os.environ[name.upper()] = str(value)
         if "jax" in sys.modules:  # which has read the environment already
             sys.modules["jax"].config.update(name, value)
+    _mend(folder)
     return folder
+
+
+def _mend(folder: Path) -> None:
+    """Delete a compiled program that cannot be read, so that it is written anew.
+
+    A killed process may leave half an entry. jax neither uses nor replaces it, but
+    compiles and warns in every later run; its warning is where it can be caught.
+    """
+    show = warnings.showwarning
+    if getattr(show, "mends", None) == folder:
+        return
+
+    def mend(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        torn = re.match(
+            r"Error reading persistent compilation cache entry for '(\w+)'", str(message)
+        )
+        if torn is None:
+            return show(message, *args, **kwargs)
+        for entry in folder.glob(f"{torn[1]}-*-cache"):
+            entry.unlink(missing_ok=True)
+
+    mend.mends = folder  # type: ignore[attr-defined]
+    warnings.showwarning = mend
 
 
 def _nearest(name: str, valid: typing.Iterable[str]) -> str:
