@@ -18,12 +18,8 @@ import optax
 from mbrl import optim, replay, spaces
 from mbrl.fitting import FitConfig, fit_members
 from mbrl.mdp import penalized
-from mbrl.models.probabilistic import (
-    EnsembleState,
-    Propagation,
-    Target,
-    probabilistic_ensemble,
-)
+from mbrl.models.probabilistic import Target, probabilistic_ensemble
+from mbrl.models.propagation import EnsembleState, Propagation
 from mbrl.planning import PlannerConfig, planner
 from mbrl.types import (
     Agent,

@@ -16,7 +16,7 @@ Loss = Callable[[Params, Any], tuple[Array, Metrics]]
 """`(weights, batch [N, B, ...]) -> (losses [N], metrics)`; weight leaves lead with [N]."""
 
 Error = Callable[[Params, Any, Array], Array]
-"""`(weights, batch [B, ...], mask [B]) -> [N]` error on held-out data."""
+"""`(weights, batch [B, ...], mask [B]) -> [N]` error on held-out data, in nats (a log)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,9 @@ class FitConfig:
     patience: int = 5
     """Epochs without improvement after which a member stops."""
     min_improvement: float = 0.01
-    """Relative decrease of the held-out error that counts as improvement."""
+    """Decrease of the held-out error, in nats, that counts as improvement (1 %)."""
+    min_batches: int = 20
+    """Gradient steps per epoch at least; small data sets are passed several times."""
     bootstrap: bool = True
     """Give each member its own resample with replacement, fixed during the call."""
     max_holdout: int = 1000
@@ -130,7 +132,7 @@ def fit_members(
     members = bootstrap_rows(boot_key, num_members, rows, count, config.bootstrap)
     held, held_mask = _first_true(holdout, min(config.max_holdout, holdout.shape[0]))
     held_data = jax.tree.map(lambda x: x[held], data)
-    num_batches = -(-count // config.batch_size)
+    num_batches = jnp.maximum(-(-count // config.batch_size), config.min_batches)
 
     def train_step(j: Array, carry: tuple[Params, Any, Array], order: Array, active: Array) -> Any:
         weights, opt_state, total = carry
@@ -161,7 +163,7 @@ def fit_members(
         )
         current = held_out_error(weights)
         known = held_mask.any()
-        better = active & (current < (1.0 - config.min_improvement) * p.best_error)
+        better = active & (current < p.best_error - config.min_improvement)
         better = jnp.where(known, better, active)
         return Progress(
             p.epoch + 1,

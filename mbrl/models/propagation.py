@@ -1,0 +1,217 @@
+"""How imagined states move through an ensemble: trajectory sampling and its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mbrl import spaces
+from mbrl.normalization import Moments
+from mbrl.types import MDP, Array, EnvSpec, Key, Outcome, Params
+from mbrl.uncertainty import member_disagreement
+
+Propagation = Literal["ts1", "tsinf", "mean", "moment_matching"]
+
+_MAX_BLOCKS = 64
+
+
+class Weights(NamedTuple):
+    """Trainable parameters; every leaf has a leading [N], so members never mix."""
+
+    network: Params
+    terminal: Params
+    logvar_low: Array
+    logvar_high: Array
+
+
+class EnsembleState(NamedTuple):
+    """Parameters of the model as an `MDP`.
+
+    Attributes:
+      weights: trainable, leading [N].
+      inputs: moments of the network input.
+      targets: moments of the regression targets [D + 1]; the last is the reward.
+      elites: int32 [M], members that predict; all of them unless selected.
+      terminates: bool [], whether the data held a terminal step. Until then survival is
+        certain and the termination head is not evaluated.
+    """
+
+    weights: Weights
+    inputs: Moments
+    targets: Moments
+    elites: Array
+    terminates: Array
+
+
+class Prediction(NamedTuple):
+    """Change and reward in standardized target units, `[..., D + 1]` each."""
+
+    mean: Array
+    logvar: Array
+
+
+class Heads(NamedTuple):
+    """The learned functions behind the `MDP`.
+
+    Attributes:
+      features: `(flat [..., D], action) -> [..., F]` raw network input.
+      forward: `(weights, moments, features [N, R, F]) -> Prediction [N, R, ...]`.
+      decode: `(state, flat, target [..., D + 1]) -> (next flat, reward)`.
+      survive: `(state, weights, next flat [N, R, D]) -> [N, R]` in [0, 1].
+    """
+
+    features: Callable[[Array, Array], Array]
+    forward: Callable[[Weights, Moments, Array], Prediction]
+    decode: Callable[[EnsembleState, Array, Array], tuple[Array, Array]]
+    survive: Callable[[EnsembleState, Weights, Array], Array]
+
+
+def by_blocks(key: Key | None, members: int, rows: Any, apply: Callable[[Any], Any]) -> Any:
+    """Hand every row to exactly one of the members, in one batched call.
+
+    Rows are cut into equal contiguous blocks; a random permutation deals the blocks to
+    the members, so that the member of each row is uniform. Without a key the deal is
+    fixed by position, for rollouts that keep their member. Any number of rows will do.
+
+    Args:
+      key: consumed; None deals in order.
+      members: N.
+      rows: pytree of [R, ...].
+      apply: `[N, R', ...] -> pytree of [N, R', ...]`.
+
+    Returns:
+      Pytree of [R, ...]: row by row what its member made of it.
+    """
+    num_rows = jax.tree.leaves(rows)[0].shape[0]
+    padded = -(-num_rows // members) * members
+    sizes = [k * members for k in range(1, max(_MAX_BLOCKS // members, 1) + 1)]
+    num_blocks = max(size for size in sizes if padded % size == 0)
+    order = jnp.arange(num_blocks) if key is None else jax.random.permutation(key, num_blocks)
+
+    def deal(x: Array) -> Array:
+        if padded > num_rows:
+            x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (padded - num_rows, *x.shape[1:]))])
+        x = x.reshape(num_blocks, -1, *x.shape[1:])
+        return (x if key is None else x[order]).reshape(members, -1, *x.shape[2:])
+
+    def collect(y: Array) -> Array:
+        y = y.reshape(num_blocks, -1, *y.shape[2:])
+        y = y if key is None else y[jnp.argsort(order)]
+        return y.reshape(padded, *y.shape[2:])[:num_rows]
+
+    return jax.tree.map(collect, apply(jax.tree.map(deal, rows)))
+
+
+def ensemble_mdp(
+    spec: EnvSpec,
+    heads: Heads,
+    num_members: int,
+    num_elites: int,
+    propagation: Propagation,
+    uncertainty: bool,
+) -> MDP:
+    """Present an ensemble as an `MDP` over flattened observations.
+
+    TS1 deals the members anew at every step, TS-infinity keeps row `r` of `R` with member
+    `r * N // R`, so rows must stay in place during a rollout; 'mean' and
+    'moment_matching' use the mean, or one Gaussian of the same mean and variance, of the
+    mixture of all members, row by row.
+
+    Reference: Chua et al. 2018 (arXiv:1805.12114), section 5.
+
+    Args:
+      spec: spaces of the task.
+      heads: the learned functions.
+      num_members: N.
+      num_elites: M, how many members predict.
+      propagation: how rows choose members.
+      uncertainty: report the disagreement of all members as `Outcome.uncertainty`; it
+        costs one evaluation of every member per row.
+
+    Raises:
+      ValueError: for an unknown propagation.
+    """
+    if propagation not in ("ts1", "tsinf", "mean", "moment_matching"):
+        raise ValueError(
+            f"propagation: got {propagation!r}, expected ts1, tsinf, mean or moment_matching"
+        )
+
+    def init(state: EnsembleState, key: Key, obs: Any = None, batch: int = 1) -> Array:
+        del state, key, batch
+        if obs is None:
+            raise ValueError(
+                "a learned model has no start states of its own: pass obs, or wrap it in "
+                "mbrl.mdp.with_resets(mdp, start_obs)"
+            )
+        return spaces.flatten(spec.observation, obs)
+
+    def elites(state: EnsembleState, tree: Any) -> Any:
+        if num_elites == num_members:
+            return tree
+        return jax.tree.map(lambda x: x[state.elites], tree)
+
+    def sampled(state: EnsembleState, key: Key, flat: Array, x: Array) -> tuple[Any, ...]:
+        """One member per row: next flat, reward, survival."""
+        deal_key, noise_key = jax.random.split(key)
+        weights = elites(state, state.weights)
+
+        def advance(rows: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+            flat, x = rows
+            out = heads.forward(weights, state.inputs, x)
+            noise = jax.random.normal(noise_key, flat.shape)
+            target = _perturb(out.mean, jnp.exp(0.5 * out.logvar), noise)
+            flat, reward = heads.decode(state, flat, target)
+            return flat, reward, heads.survive(state, weights, flat)
+
+        deal = deal_key if propagation == "ts1" else None
+        return by_blocks(deal, num_elites, (flat, x), advance)
+
+    def mixture(
+        state: EnsembleState, key: Key, flat: Array, members: Prediction
+    ) -> tuple[Any, ...]:
+        """All members per row: next flat, reward, survival."""
+        out = elites(state, members)
+        target = out.mean.mean(0)
+        if propagation == "moment_matching":
+            var = jnp.exp(out.logvar).mean(0) + out.mean.var(0)
+            target = _perturb(target, jnp.sqrt(var), jax.random.normal(key, flat.shape))
+        flat, reward = heads.decode(state, flat, target)
+        weights = elites(state, state.weights)
+        rows = jnp.broadcast_to(flat, (num_elites, *flat.shape))
+        return flat, reward, heads.survive(state, weights, rows).mean(0)
+
+    def step(state: EnsembleState, key: Key, flat: Array, action: Array) -> tuple[Array, Outcome]:
+        x = heads.features(flat, action)
+        spread, members = None, None
+        alone = propagation in ("ts1", "tsinf")
+        if uncertainty or not alone:
+            everyone = jnp.broadcast_to(x, (num_members, *x.shape))
+            members = heads.forward(state.weights, state.inputs, everyone)
+        if uncertainty:
+            spread = _disagreement(state, members)
+        out = sampled(state, key, flat, x) if alone else mixture(state, key, flat, members)
+        return out[0], Outcome(out[1], out[2], spread)
+
+    def observe(state: EnsembleState, flat: Array) -> Any:
+        del state
+        return spaces.unflatten(spec.observation, flat)
+
+    return MDP(init, step, observe, spec)
+
+
+def _perturb(mean: Array, std: Array, noise: Array) -> Array:
+    """Add noise to the observation part of targets [..., D + 1]; the reward stays a mean."""
+    return mean.at[..., :-1].add(std[..., :-1] * noise)
+
+
+def _disagreement(state: EnsembleState, members: Prediction) -> Array:
+    """Return [R] root-mean-square member deviation, in units of reward.
+
+    Relative to the spread of each target in the data, times the spread of the reward, so
+    that one coefficient means the same in every environment.
+    """
+    relative = jnp.sqrt(jnp.mean(member_disagreement(members.mean) ** 2, -1))
+    return relative * state.targets.std[-1]
