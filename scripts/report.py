@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from mbrl.training.evaluation import statistics
+from mbrl.training.run_directory import read_config
 from scripts.cli import parse, run
 
 TRAIN, EVAL = "episode_return", "eval/return_mean"
@@ -98,11 +99,13 @@ def load(folder: Path, label: str) -> Run:
     points: dict[str, dict[Seed, list[tuple[float, float]]]] = {}
     for number, file in enumerate(files):
         for row in read_lines(file):
-            seed = (number, int(row.get("seed", 0)))
+            seed = (number, row.get("seed") or 0)
+            prefix = "" if row.get("kind", "train") == "train" else f"{row['kind']}/"
             for name, value in row.items():
                 if name in ("step", "seed", "time") or isinstance(value, bool):
                     continue
                 if isinstance(value, int | float) and math.isfinite(value):
+                    name = prefix + name.removeprefix(prefix)
                     points.setdefault(name, {}).setdefault(seed, []).append((row["step"], value))
     if not points:
         raise ValueError(f"RUN: {folder} holds no metrics yet; train for longer first")
@@ -314,9 +317,8 @@ def _finish(axes: Any, ticks: int = 7) -> None:
 def _environment(runs: Sequence[str]) -> str:
     found = set()
     for path in runs:
-        config = Path(path) / "config.json"
-        if config.is_file():
-            found.add(str(json.loads(config.read_text("utf-8")).get("env", "")))
+        config = read_config(Path(path)) if Path(path).is_dir() else None
+        found.add("" if config is None else str(config.get("env", "")))
     return found.pop() if len(found) == 1 else ""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mbrl.training.metrics import MetricsWriter
 from scripts import report
 from scripts.cli import run as run_job
 
@@ -77,6 +78,16 @@ def test_summary_without_evaluation(tmp_path: Path) -> None:
     assert row["mean"] == np.mean(range(11, 21))
     empty = write(tmp_path / "b", {"step": 5, "kind": "train", "seed": 0, "model/loss": 1.0})
     assert report.summarize(report.load(empty, "x"))["source"] == "no finished episode"
+
+
+def test_reads_what_the_metrics_writer_writes(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(100, {"episode_return": 1.5, "histogram": np.arange(3.0)})
+        writer.write(100, {"return_mean": 7.0}, kind="eval", seed=0)
+        writer.write(100, {"return_mean": 9.0, "gap": np.nan}, kind="eval", seed=1)
+    loaded = report.load(tmp_path, "x")
+    assert set(loaded.series) == {"episode_return", "eval/return_mean"}
+    assert report.summarize(loaded)["mean"] == 8.0
 
 
 def test_seeds_in_folders_of_their_own_are_kept_apart(tmp_path: Path) -> None:
