@@ -17,6 +17,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec, find_highest_version, get_env_id, parse_env_id
 
+from envs import wrappers
 from envs.host import HostEnv, OnBad
 from envs.ondevice import (
     acrobot,
@@ -56,7 +57,15 @@ SIMULATORS = {
 """Prefix of an entry point -> module that it needs, and what to install."""
 
 
-def make(id: str, num_envs: int = 1, on_bad: OnBad = "raise", **kwargs: Any) -> MDP | HostEnv:
+def make(
+    id: str,
+    num_envs: int = 1,
+    on_bad: OnBad = "raise",
+    *,
+    pixels: int | None = None,
+    action_repeat: int = 1,
+    **kwargs: Any,
+) -> MDP | HostEnv:
     """Make an environment by name.
 
     Without a display, MUJOCO_GL is set to 'egl' (unless it is set already), so that
@@ -68,6 +77,9 @@ def make(id: str, num_envs: int = 1, on_bad: OnBad = "raise", **kwargs: Any) -> 
         environment or an `MDP`, or an id that importing the module registers.
       num_envs: environments of a `HostEnv`; an `MDP` takes its batch size in `init`.
       on_bad: see `HostEnv`.
+      pixels: side of the images to observe instead, for a `HostEnv`; see
+        `envs.wrappers.pixels`.
+      action_repeat: simulator steps per step of a `HostEnv`, their rewards summed.
       **kwargs: handed to the environment; `max_episode_steps` overrides its time limit.
 
     Returns:
@@ -77,14 +89,39 @@ def make(id: str, num_envs: int = 1, on_bad: OnBad = "raise", **kwargs: Any) -> 
       ValueError: for an unknown id, with the nearest ones; for a package that is missing,
         with the command to install it; for an argument that the environment does not take.
     """
+    if action_repeat < 1:
+        raise ValueError(f"action_repeat: expected at least 1, got {action_repeat}")
     if id.startswith("device/"):
-        return _make_device(id, kwargs)
+        return _plain(_make_device(id, kwargs), pixels, action_repeat)
     _prepare_rendering()
     found = _load_object(id, kwargs) if ":" in id else None
     if isinstance(found, MDP):
-        return found
+        return _plain(found, pixels, action_repeat)
     target = found or _find(id.rpartition(":")[2])
-    return HostEnv(lambda: _make_gym(target, kwargs), num_envs, on_bad, id)
+    if pixels is not None and isinstance(target, str):
+        kwargs.setdefault("render_mode", "rgb_array")
+
+    def build() -> gym.Env[Any, Any]:
+        env = _make_gym(target, kwargs)
+        if action_repeat > 1:
+            env = gym.wrappers.RepeatAction(env, action_repeat)
+        return env if pixels is None else wrappers.pixels(env, pixels)
+
+    env = HostEnv(build, num_envs, on_bad, id)
+    if env.spec.max_episode_steps:  # the limit counts steps of the simulator
+        limit = -(-env.spec.max_episode_steps // action_repeat)
+        env.spec = env.spec._replace(max_episode_steps=limit)
+    return env
+
+
+def _plain(mdp: MDP, pixels: int | None, action_repeat: int) -> MDP:
+    """Refuse what only environments on the host can do."""
+    if pixels is not None or action_repeat != 1:
+        raise ValueError(
+            f"pixels, action_repeat: {mdp.spec.id} runs on the device and takes neither, got "
+            f"pixels={pixels}, action_repeat={action_repeat}"
+        )
+    return mdp
 
 
 def _make_device(id: str, kwargs: dict[str, Any]) -> MDP:
