@@ -162,7 +162,8 @@ def test_straight_through_sample_is_one_hot_with_the_gradient_of_the_probabiliti
     def value(logits: jax.Array, key: jax.Array) -> jax.Array:
         return dist.Categorical(logits).one_hot_sample(key) @ weights
 
-    hot = jax.jit(lambda k: dist.Categorical(LOGITS).one_hot_sample(k))(jax.random.key(6))
+    many = jax.random.normal(jax.random.key(9), (500, 4))
+    hot = jax.jit(lambda x, k: dist.Categorical(x).one_hot_sample(k))(many, jax.random.key(6))
     assert set(np.unique(hot)) == {0.0, 1.0}
     np.testing.assert_array_equal(hot.sum(-1), 1.0)
     got = jax.grad(value)(LOGITS[0], jax.random.key(7))

@@ -164,6 +164,9 @@ def test_align_pairs_rewards_with_arrivals_and_marks_borders() -> None:
     np.testing.assert_array_equal(signals.r_t[valid], [1, 2, 4, 8, 16, 32, 64])
     np.testing.assert_array_equal(signals.discount_t[valid], [0.5, 0.5, 0.5, 0.0, 0.5, 0.5, 0.5])
     np.testing.assert_array_equal(signals.trace_t, [1, 0, 1, 1, 0, 1, 1, 0, 1, 1])
+    # Either flag alone marks a border.
+    blind = returns.align(_stream()._replace(is_first=jnp.zeros(11, bool)), 0.5)
+    np.testing.assert_array_equal(np.flatnonzero(~blind.valid), [2, 5])
 
 
 def test_returns_bootstrap_at_truncation_and_stop_at_termination() -> None:
