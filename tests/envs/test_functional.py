@@ -146,6 +146,19 @@ def test_seeds_determine_episodes_and_episodes_differ():
     assert len(set(starts)) == 9
 
 
+def test_predicted_discounts_end_single_episodes_that_often():
+    env = mdp_to_env(walk(), WalkParams(0.6))
+    env.reset(seed=0)
+    ended = 0
+    for _ in range(600):
+        _, _, terminated, truncated, _ = env.step(np.zeros(1, np.float32))
+        assert not truncated
+        ended += terminated
+        if terminated:
+            env.reset()
+    assert abs(ended / 600 - 0.4) < 3 * np.sqrt(0.4 * 0.6 / 600)
+
+
 def test_predicted_discounts_end_episodes_that_often():
     venv = mdp_to_vector_env(walk(), WalkParams(0.7), 64)
     venv.reset(seed=0)
