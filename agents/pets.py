@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -70,7 +69,7 @@ class PETSConfig:
     """Resample the data per member (P)."""
     random_steps: int = 200
     """Environment steps of uniform actions before the first update (P: one episode)."""
-    train_every: int = 100
+    train_every: int = 50
     """Environment steps between model updates (P: one episode)."""
     capacity: int = 10_000
     """Records kept in replay."""
@@ -82,8 +81,7 @@ class PETSConfig:
     """Model-predictive control."""
 
 
-@chex.dataclass(frozen=True)
-class PETSState:
+class PETSState(NamedTuple):
     """Everything PETS learns."""
 
     model: EnsembleState
@@ -150,7 +148,8 @@ def make_pets(
 
     def update(state: PETSState, batch: Batch, key: Key) -> tuple[PETSState, Metrics, None]:
         data, valid = replay.transitions(batch)
-        holdout = replay.holdout_mask(batch.valid.shape, config.holdout).reshape(-1)
+        num_envs, rows = batch.valid.shape
+        holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
         params = model.standardize(state.model, data, valid)
         fit = fit_members(
             lambda weights, rows: model.loss(weights, params, rows),

@@ -18,7 +18,7 @@ from mbrl import ring_index
 from mbrl.memory import check_memory as check_memory
 from mbrl.memory import device_memory as device_memory
 from mbrl.memory import host_memory as host_memory
-from mbrl.types import Array, Batch, Key, Record, SampleSpec
+from mbrl.types import Array, Batch, Key, Record, SampleSpec, Transition
 
 
 class Ring(NamedTuple):
@@ -33,16 +33,6 @@ class Ring(NamedTuple):
     record: Record
     head: Array
     size: Array
-
-
-class Transition(NamedTuple):
-    """One step of an environment: `reward` and `is_terminal` came with `next_obs`."""
-
-    obs: Any
-    action: Array
-    reward: Array
-    next_obs: Any
-    is_terminal: Array
 
 
 def init(example: Record, num_envs: int, capacity: int) -> Ring:

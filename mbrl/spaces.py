@@ -176,8 +176,8 @@ def describe(space: Space) -> Any:
         case Box():
             return {
                 "box": list(space.shape),
-                "low": np.asarray(space.low).reshape(-1).tolist(),
-                "high": np.asarray(space.high).reshape(-1).tolist(),
+                "low": [_json_number(x) for x in np.ravel(space.low)],
+                "high": [_json_number(x) for x in np.ravel(space.high)],
                 "dtype": str(space.dtype),
             }
         case Discrete():
@@ -185,6 +185,10 @@ def describe(space: Space) -> Any:
         case MultiDiscrete():
             return {"multi_discrete": list(space.nums)}
     return {name: describe(space[name]) for name in sorted(space)}
+
+
+def _json_number(x: Any) -> float | str:
+    return float(x) if np.isfinite(x) else str(float(x))
 
 
 def leaves(space: Space, prefix: str = "") -> list[tuple[str, Box | Discrete | MultiDiscrete]]:

@@ -87,19 +87,17 @@ class Outcome(NamedTuple):
 
 
 class InitFn(Protocol):
-    def __call__(
-        self, params: Params, key: Key, obs: Any = None, batch: int = 1
-    ) -> State: ...
+    def __call__(self, params: Params, key: Key, /, obs: Any = None, batch: int = 1) -> State: ...
 
 
 class StepFn(Protocol):
     def __call__(
-        self, params: Params, key: Key, state: State, action: Array
+        self, params: Params, key: Key, state: State, action: Array, /
     ) -> tuple[State, Outcome]: ...
 
 
 class ObserveFn(Protocol):
-    def __call__(self, params: Params, state: State) -> Any: ...
+    def __call__(self, params: Params, state: State, /) -> Any: ...
 
 
 class MDP(NamedTuple):

@@ -131,13 +131,16 @@ def flags(config_class: type, prefix: str = "") -> list[str]:
     for field in dataclasses.fields(config_class):
         kind = hints[field.name]
         name = field.name.replace("_", "-")
+        inner_prefix = f"{prefix}{name}."
         if typing.get_origin(kind) is Annotated:
             kind, *marks = typing.get_args(kind)
             if tyro.conf.Positional in marks:
                 continue
+            if any(getattr(mark, "name", None) == "" for mark in marks):
+                inner_prefix = prefix  # tyro.conf.arg(name=""): the fields of the inner class
         nested = [k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)]
         for inner in nested:
-            found += flags(typing.cast(type, inner), f"{prefix}{name}.")
+            found += flags(typing.cast(type, inner), inner_prefix)
         if not nested:
             found += [f"--{prefix}{name}"] + [f"--{prefix}no-{name}"] * (kind is bool)
     return found

@@ -53,6 +53,10 @@ class Prediction(NamedTuple):
     logvar: Array
 
 
+Step = tuple[Array, Array, Array]
+"""Next flat observation [R, D], reward [R] and survival probability [R]."""
+
+
 class Heads(NamedTuple):
     """The learned functions behind the `MDP`.
 
@@ -153,12 +157,12 @@ def ensemble_mdp(
             return tree
         return jax.tree.map(lambda x: x[state.elites], tree)
 
-    def sampled(state: EnsembleState, key: Key, flat: Array, x: Array) -> tuple[Any, ...]:
-        """One member per row: next flat, reward, survival."""
+    def sampled(state: EnsembleState, key: Key, flat: Array, x: Array) -> Step:
+        """One member per row."""
         deal_key, noise_key = jax.random.split(key)
         weights = elites(state, state.weights)
 
-        def advance(rows: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        def advance(rows: tuple[Array, Array]) -> Step:
             flat, x = rows
             out = heads.forward(weights, state.inputs, x)
             noise = jax.random.normal(noise_key, flat.shape)
@@ -169,10 +173,8 @@ def ensemble_mdp(
         deal = deal_key if propagation == "ts1" else None
         return by_blocks(deal, num_elites, (flat, x), advance)
 
-    def mixture(
-        state: EnsembleState, key: Key, flat: Array, members: Prediction
-    ) -> tuple[Any, ...]:
-        """All members per row: next flat, reward, survival."""
+    def mixture(state: EnsembleState, key: Key, flat: Array, members: Prediction) -> Step:
+        """All members per row."""
         out = elites(state, members)
         target = out.mean.mean(0)
         if propagation == "moment_matching":
@@ -185,21 +187,25 @@ def ensemble_mdp(
 
     def step(state: EnsembleState, key: Key, flat: Array, action: Array) -> tuple[Array, Outcome]:
         x = heads.features(flat, action)
-        spread, members = None, None
         alone = propagation in ("ts1", "tsinf")
-        if uncertainty or not alone:
-            everyone = jnp.broadcast_to(x, (num_members, *x.shape))
-            members = heads.forward(state.weights, state.inputs, everyone)
-        if uncertainty:
-            spread = _disagreement(state, members)
+        if alone and not uncertainty:
+            return _outcome(*sampled(state, key, flat, x), None)
+        everyone = jnp.broadcast_to(x, (num_members, *x.shape))
+        members = heads.forward(state.weights, state.inputs, everyone)
         out = sampled(state, key, flat, x) if alone else mixture(state, key, flat, members)
-        return out[0], Outcome(out[1], out[2], spread)
+        return _outcome(*out, _disagreement(state, members) if uncertainty else None)
 
     def observe(state: EnsembleState, flat: Array) -> Any:
         del state
         return spaces.unflatten(spec.observation, flat)
 
     return MDP(init, step, observe, spec)
+
+
+def _outcome(
+    flat: Array, reward: Array, survival: Array, uncertainty: Array | None
+) -> tuple[Array, Outcome]:
+    return flat, Outcome(reward, survival, uncertainty)
 
 
 def _perturb(mean: Array, std: Array, noise: Array) -> Array:

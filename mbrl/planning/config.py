@@ -21,7 +21,7 @@ class PlannerConfig:
     """shooting, cem (PETS), icem (Pinneri 2020), mppi (Williams 2017) or gradient."""
     horizon: int = 25
     """Steps of look-ahead H."""
-    population: int = 64
+    population: int = 48
     """Plans per iteration P; iCEM starts from it and decays, gradient: restarts."""
     iterations: int = 4
     """Refinements per action; gradient: optimizer steps."""
@@ -35,8 +35,9 @@ class PlannerConfig:
     """Initial deviation per step in half-ranges of the action; the sigma of MPPI."""
     noise_beta: float = 2.0
     """icem, mppi: exponent of the noise spectrum over time; 0 = white."""
-    decay: float = 1.25
-    """icem: factor by which the population shrinks per iteration, never below 2 x elites."""
+    decay: float = 1.0
+    """icem: factor by which the population shrinks per iteration, never below 2 x elites;
+    any but 1 compiles each iteration by itself."""
     keep_fraction: float = 0.3
     """icem: share of the elites that is kept between iterations and between steps."""
     temperature: float = 0.5

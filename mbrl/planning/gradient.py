@@ -92,7 +92,8 @@ def _pathwise(
         plans, opt_state = carry
         grads = jnp.nan_to_num(jax.grad(loss)(plans, key), posinf=0.0, neginf=0.0)
         updates, opt_state = optimizer.update(grads, opt_state)
-        return (jnp.clip(plans + updates, -1.0, 1.0), opt_state), None
+        stepped: Any = optax.apply_updates(plans, updates)
+        return (jnp.clip(stepped, -1.0, 1.0), opt_state), None
 
     (plans, _), _ = jax.lax.scan(step, (starts, optimizer.init(starts)), keys)
     return plans
@@ -125,7 +126,7 @@ def _score_function(
         score = jax.nn.one_hot(plans, num) - probs[:, None]
         grads = -jnp.einsum("bp,bpha->bha", advantage / count, score)
         updates, opt_state = optimizer.update(grads, opt_state)
-        return (logits + updates, opt_state), None
+        return (optax.apply_updates(logits, updates), opt_state), None
 
     last_key, keys = keys[-1], keys[:-1]
     (logits, _), _ = jax.lax.scan(step, (logits, optimizer.init(logits)), keys)

@@ -114,9 +114,7 @@ def box_plans(space: Box, config: PlannerConfig, truncate: bool) -> PlanSpace:
         if truncate:
             # A normal of a quarter of the distance to the bound never leaves it at 2 sigma.
             std = jnp.minimum(std, 0.5 * (1.0 - jnp.abs(mean)))
-            noise = jax.random.truncated_normal(
-                key, -2.0, 2.0, (batch, population, horizon, size)
-            )
+            noise = jax.random.truncated_normal(key, -2.0, 2.0, (batch, population, horizon, size))
         else:
             white = jax.random.normal(key, (batch, population, size, basis.shape[0]))
             noise = jnp.swapaxes(white @ basis, -1, -2)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl.mdp import episodic, timestep
-from mbrl.training.loop import AgentFactory, HostEnvironment, Hyper, over_seeds
+from mbrl.training.host import HostEnvironment, stack
+from mbrl.training.learner import AgentFactory, Hyper, over_seeds
 from mbrl.types import MDP, Array, Carry, Key, State, TimeStep
 
 
@@ -142,7 +143,7 @@ def evaluate_host(
     hyper = hyper or {}
     run_act = jax.jit(over_seeds(act, len(envs)))
     carry = over_seeds(begin, len(envs))(hyper, keys)
-    now = _stack([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)])
+    now = stack([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)])
     running = np.zeros(now.reward.shape)
     returns: list[list[list[float]]] = [[[] for _ in range(num_envs)] for _ in envs]
     while min(len(done) for seed in returns for done in seed) < rounds:
@@ -152,10 +153,6 @@ def evaluate_host(
             returns[s][e].append(float(running[s, e]))
         keys, action, carry = run_act(keys, agent_state, carry, now.obs, now.is_first, hyper)
         action = np.asarray(action)
-        now = _stack([env.step(a) for env, a in zip(envs, action, strict=True)])
+        now = stack([env.step(a) for env, a in zip(envs, action, strict=True)])
     played = [[r for i in range(rounds) for r in (done[i] for done in seed)] for seed in returns]
     return np.asarray(played)[:, :episodes]
-
-
-def _stack(steps: list[TimeStep]) -> TimeStep:
-    return jax.tree.map(lambda *x: np.stack(x), *steps)

@@ -233,7 +233,8 @@ def test_particles_are_independent_and_ranked_by_the_risk_measure():
     for risk in ("lcb", "ucb", "worst", "cvar"):
         config = dataclasses.replace(base, risk=risk, risk_coef=0.25 if risk == "cvar" else 1.0)
         mpc = planner(mdp, config)
-        first[risk] = float(mpc.plan(None, jax.random.key(0), jnp.zeros((1, 1)), mpc.init(1))[0][0, 0])
+        action = mpc.plan(None, jax.random.key(0), jnp.zeros((1, 1)), mpc.init(1))[0]
+        first[risk] = float(action[0, 0])
     assert first["lcb"] < -0.8 and first["worst"] < -0.8 and first["cvar"] < -0.8
     assert first["ucb"] > 0.8
 

@@ -1,0 +1,20 @@
+"""Agents: wiring of `mbrl` components. Each file reads like its paper's algorithm box."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from agents.pets import PETSConfig, make_pets
+from mbrl.types import Agent, EnvSpec
+
+
+class Entry(NamedTuple):
+    """How to configure and build an agent: `make(spec, config) -> Agent`."""
+
+    config: type
+    make: Callable[[EnvSpec, Any], Agent]
+
+
+AGENTS = {"pets": Entry(PETSConfig, make_pets)}
+"""Agents by the name that the command line uses."""

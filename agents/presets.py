@@ -1,0 +1,34 @@
+"""Settings that differ from an agent's defaults, per environment id.
+
+The only place where a task's name means anything. `mbrl train` uses a preset as the
+defaults of its flags and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from agents import AGENTS
+
+_LONG = {"horizon": 50, "noise_beta": 0.5}
+"""Survival tasks: a plan must reach beyond the last moment at which a fall can be avoided."""
+
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("pets", "CartPole-v1"): {"planner": _LONG},
+    ("pets", "device/CartPole"): {"planner": _LONG},
+}
+
+
+def preset(agent: str, env: str) -> Any:
+    """Return the configuration of an agent for an environment.
+
+    Args:
+      agent: key of `agents.AGENTS`.
+      env: environment id; one without a preset gets the defaults.
+    """
+    config = AGENTS[agent].config()
+    changes = dict(PRESETS.get((agent, env), {}))
+    if "planner" in changes:
+        changes["planner"] = dataclasses.replace(config.planner, **changes["planner"])
+    return dataclasses.replace(config, **changes)

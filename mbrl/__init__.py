@@ -1,0 +1,1 @@
+"""Components of model-based reinforcement learning: pure functions around one `MDP`."""

@@ -1,0 +1,1 @@
+"""Models: a network and its `MDP`."""

@@ -1,0 +1,1 @@
+"""Drivers, evaluation, checkpoints and logs: the only part of `mbrl` that does I/O."""

@@ -1,0 +1,151 @@
+"""`run_device`: train where the simulator lives, in one compiled loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl.mdp import EpisodicState, episodic, timestep
+from mbrl.training.learner import (
+    AgentFactory,
+    DriverConfig,
+    Episodes,
+    Hyper,
+    Learner,
+    Report,
+    fetch,
+    learner_step,
+    learner_update,
+    over_seeds,
+    schedule,
+    seed_keys,
+    start_learners,
+)
+from mbrl.types import MDP, Agent, Array, Key, Metrics, Mode
+
+
+class DeviceState(NamedTuple):
+    """Learners and simulators of `run_device`, leaves [S, ...]."""
+
+    learner: Learner
+    env: EpisodicState
+    key: Key
+
+
+def start_state(
+    factory: AgentFactory, env: MDP, config: DriverConfig, hyper: Hyper, params: Any = None
+) -> DeviceState:
+    """Make learners and simulators of all seeds, leaves [S, ...]."""
+    stream = episodic(env, env.spec.max_episode_steps)
+
+    def start_env(key: Key) -> tuple[EpisodicState, Key]:
+        init_key, key = jax.random.split(key)
+        return stream.init(params, init_key, None, config.num_envs), key
+
+    # A branch of each seed's key: the stream of the environment is its own.
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(seed_keys(config.seeds))
+    env_state, keys = jax.jit(over_seeds(start_env, len(config.seeds)))(keys)
+    return DeviceState(start_learners(factory, env.spec, config, hyper), env_state, keys)
+
+
+def run_device(
+    factory: AgentFactory,
+    env: MDP,
+    config: DriverConfig,
+    hyper: Hyper | None = None,
+    snapshot: Any = None,
+    params: Any = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Report]:
+    """Train on an `MDP`: acting, stepping, storing and learning in one compiled loop.
+
+    Args:
+      factory: builds the agent, possibly from traced hyper-parameters.
+      env: the task; episodes end after `env.spec.max_episode_steps`.
+      config: see `DriverConfig`.
+      hyper: float hyper-parameters [S], one value per seed.
+      snapshot: what `Report.snapshot()` of an earlier run returned: go on from there.
+      params: parameters of `env`.
+      should_stop: asked between intervals.
+
+    Yields:
+      A `Report` per interval, the last one at `config.steps`. Its learner is only valid
+      until the next one is asked for: its memory is then reused.
+    """
+    hyper = hyper or {}
+    stream = episodic(env, env.spec.max_episode_steps)
+    plan = schedule(factory({k: v[0] for k, v in hyper.items()}), config)
+    num_seeds = len(config.seeds)
+
+    def collect(agent: Agent, state: DeviceState, length: int, mode: Mode) -> Any:
+        def step(state: DeviceState, x: None) -> tuple[DeviceState, Episodes]:
+            env_key, key = jax.random.split(state.key)
+            now = timestep(stream, params, state.env)
+            learner, action, episodes = learner_step(agent, state.learner, now, mode)
+            env_state = stream.step(params, env_key, state.env, action)[0]
+            return DeviceState(learner, env_state, key), episodes
+
+        return jax.lax.scan(step, state, None, length=length)
+
+    def learn(agent: Agent, state: DeviceState) -> tuple[DeviceState, Metrics]:
+        learner, metrics = learner_update(agent, state.learner)
+        return state._replace(learner=learner), metrics
+
+    def stretch(state: DeviceState, hyper: Hyper, length: int, mode: Mode, update: bool) -> Any:
+        agent = factory(hyper)
+        state, episodes = collect(agent, state, length, mode)
+        state, metrics = learn(agent, state) if update else (state, {})
+        return state, metrics, episodes
+
+    def cycles(state: DeviceState, hyper: Hyper, num: Array) -> Any:
+        agent = factory(hyper)
+        rows = (plan.cycles_per_report, plan.cycle, config.num_envs)
+        empty = Episodes(jnp.zeros(rows, bool), jnp.zeros(rows), jnp.zeros(rows, jnp.int32))
+        shapes = jax.eval_shape(lambda s: learn(agent, s)[1], state)
+        totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def cycle(i: Array, carry: Any) -> Any:
+            state, totals, log = carry
+            state, episodes = collect(agent, state, plan.cycle, "explore")
+            state, metrics = learn(agent, state)
+            totals = jax.tree.map(lambda a, b: a + b / num, totals, metrics)
+            return state, totals, jax.tree.map(lambda a, b: a.at[i].set(b), log, episodes)
+
+        return jax.lax.fori_loop(0, num, cycle, (state, totals, empty))
+
+    def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(over_seeds(fn, num_seeds), donate_argnums=0)
+
+    run_cycles = compiled(cycles)
+    if snapshot is None:
+        state, step = start_state(factory, env, config, hyper, params), 0
+    else:
+        state, step = snapshot["state"], int(snapshot["step"])
+
+    while step < plan.total and not should_stop():
+        remaining = (plan.total - step) // plan.cycle
+        if step == 0 or remaining == 0:  # the warm-up, or what is left of a cycle
+            length = min(plan.warmup, plan.total) if step == 0 else plan.total - step
+            mode: Mode = "random" if step == 0 else "explore"
+            once = compiled(
+                partial(
+                    stretch, length=length, mode=mode, update=step == 0 and length == plan.warmup
+                )
+            )
+            state, metrics, episodes = once(state, hyper)
+            step += length
+        else:
+            num = min(remaining, plan.cycles_per_report)
+            counts = jnp.full(num_seeds, num)
+            state, metrics, episodes = run_cycles(state, hyper, counts)
+            step += num * plan.cycle
+        done = {"state": state, "step": np.int64(step)}
+        yield Report(
+            step * config.num_envs, state.learner, fetch(metrics), fetch(episodes),
+            lambda done=done: done,
+        )  # fmt: skip

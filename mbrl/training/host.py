@@ -1,0 +1,147 @@
+"""`run_host`: train on environments that live in Python, such as Gymnasium's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from mbrl.training.learner import (
+    AgentFactory,
+    DriverConfig,
+    Episodes,
+    Hyper,
+    Learner,
+    Report,
+    fetch,
+    learner_step,
+    learner_update,
+    over_seeds,
+    schedule,
+    start_learners,
+)
+from mbrl.types import EnvSpec, Metrics, Mode, TimeStep
+
+
+class HostEnvironment(Protocol):
+    """What `run_host` needs of an environment; see `envs.host.HostEnv`."""
+
+    spec: EnvSpec
+    num_envs: int
+
+    def reset(self, seed: int) -> TimeStep: ...
+    def step(self, action: np.ndarray) -> TimeStep: ...
+    def state(self) -> dict[str, np.ndarray]: ...
+    def restore(self, state: dict[str, np.ndarray]) -> TimeStep: ...
+
+
+def run_host(
+    factory: AgentFactory,
+    envs: list[HostEnvironment],
+    config: DriverConfig,
+    hyper: Hyper | None = None,
+    snapshot: Any = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Report]:
+    """Train on environments that live on the host, one `HostEnvironment` per seed.
+
+    Per vector step there is one transfer in, one compiled act-and-store, one transfer
+    out; an update is dispatched before the simulators step and overlaps with them.
+
+    Args:
+      factory: builds the agent, possibly from traced hyper-parameters.
+      envs: one per seed, `config.num_envs` environments each.
+      config: see `DriverConfig`.
+      hyper: float hyper-parameters [S], one value per seed.
+      snapshot: what `Report.snapshot()` of an earlier run returned: go on from there.
+      should_stop: asked at every vector step.
+
+    Yields:
+      A `Report` per interval, the last one at `config.steps` or where it was stopped. Its
+      learner is only valid until the next one is asked for: its memory is then reused.
+
+    Raises:
+      ValueError: when the environments do not fit the configuration.
+    """
+    hyper = hyper or {}
+    num_seeds = len(config.seeds)
+    _check_envs(envs, config)
+    plan = schedule(factory({k: v[0] for k, v in hyper.items()}), config)
+
+    def act(learner: Learner, now: TimeStep, hyper: Hyper, mode: Mode) -> Any:
+        return learner_step(factory(hyper), learner, now, mode)
+
+    def learn(learner: Learner, hyper: Hyper) -> Any:
+        return learner_update(factory(hyper), learner)
+
+    def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(over_seeds(fn, num_seeds), donate_argnums=0)
+
+    def actor(mode: Mode) -> Callable[..., Any]:
+        return compiled(lambda learner, now, hyper: act(learner, now, hyper, mode))
+
+    run_act = {"random": actor("random"), "explore": actor("explore")}
+    run_learn = compiled(learn)
+    if snapshot is None:
+        learner = start_learners(factory, envs[0].spec, config, hyper)
+        now = stack([env.reset(seed) for env, seed in zip(envs, config.seeds, strict=True)])
+        step = 0
+    else:
+        learner, step = snapshot["learner"], int(snapshot["step"])
+        now = stack([env.restore(s) for env, s in zip(envs, snapshot["envs"], strict=True)])
+
+    logged: list[Metrics] = []
+    finished: list[Episodes] = []
+    while step < plan.total and not should_stop():
+        mode: Mode = "random" if step < plan.warmup else "explore"
+        learner, action, episodes = run_act[mode](learner, now, hyper)
+        action = np.asarray(action)
+        if now.is_last.any():
+            finished.append(fetch(episodes))
+        step += 1
+        if plan.updates_after(step):
+            learner, metrics = run_learn(learner, hyper)
+            logged.append(metrics)
+        now = stack([env.step(a) for env, a in zip(envs, action, strict=True)])
+        last = step == plan.total or should_stop()
+        if last or step % (plan.cycles_per_report * plan.cycle) == 0:
+            done = {"learner": learner, "step": np.int64(step)}
+            yield Report(
+                step * config.num_envs, learner, _mean_metrics(logged),
+                _join_episodes(finished, num_seeds),
+                lambda done=done: {**done, "envs": [env.state() for env in envs]},
+            )  # fmt: skip
+            logged, finished = [], []
+
+
+def _check_envs(envs: list[HostEnvironment], config: DriverConfig) -> None:
+    if len(envs) != len(config.seeds):
+        raise ValueError(f"envs: expected one per seed ({len(config.seeds)}), got {len(envs)}")
+    for env in envs:
+        if env.num_envs != config.num_envs:
+            raise ValueError(
+                f"num_envs: the configuration says {config.num_envs}, the environment has "
+                f"{env.num_envs}; build it with num_envs={config.num_envs}"
+            )
+
+
+def stack(steps: list[TimeStep]) -> TimeStep:
+    """Join the time steps [E, ...] of all seeds into [S, E, ...]."""
+    return jax.tree.map(lambda *x: np.stack(x), *steps)
+
+
+def _mean_metrics(logged: list[Metrics]) -> dict[str, np.ndarray]:
+    """Average each metric over the updates of an interval, [S] each."""
+    if not logged:
+        return {}
+    return {k: np.mean([np.asarray(m[k]) for m in logged], 0) for k in logged[0]}
+
+
+def _join_episodes(finished: list[Episodes], num_seeds: int) -> Episodes:
+    """Join lists of [S, E] into [S, n, E]."""
+    if not finished:
+        none: list[Any] = [np.zeros((num_seeds, 0), t) for t in (bool, np.float32, np.int32)]
+        return Episodes(*none)
+    return jax.tree.map(lambda *x: np.stack(x, 1), *finished)

@@ -1,0 +1,229 @@
+"""What both drivers share: acting, storing and learning, for all seeds at once.
+
+`learner_step` (act, record, store) and `learner_update` (sample, learn) are all that
+touches an agent, so that equal records give an equal learner on the device and on the
+host. Everything outside of one seed carries a leading seed axis [S].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl import replay, spaces
+from mbrl.types import (
+    Agent,
+    Array,
+    Carry,
+    EnvSpec,
+    Key,
+    Metrics,
+    Mode,
+    Record,
+    State,
+    TimeStep,
+)
+
+Hyper = Mapping[str, Array]
+"""Float hyper-parameters, one value per seed [S]; empty for the agent as configured."""
+
+AgentFactory = Callable[[Hyper], Agent]
+"""Builds the agent from (possibly traced) hyper-parameters of one seed."""
+
+
+class Learner(NamedTuple):
+    """Agent, replay and randomness of one seed: all that survives a save.
+
+    Attributes:
+      agent: state of the agent.
+      carry: its acting state, leaves [E, ...].
+      ring: replay.
+      key: the only source of randomness.
+      episode_return: [E] sum of rewards of the running episodes.
+      episode_length: int32 [E] steps of the running episodes.
+    """
+
+    agent: State
+    carry: Carry
+    ring: replay.Ring
+    key: Key
+    episode_return: Array
+    episode_length: Array
+
+
+class Episodes(NamedTuple):
+    """Finished episodes of a stretch of steps; arrays of equal shape."""
+
+    done: Array
+    returns: Array
+    lengths: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DriverConfig:
+    """How much to run, and how often to look up."""
+
+    steps: int
+    """Environment steps per seed."""
+    num_envs: int = 1
+    """Environments E per seed that step in lock step."""
+    seeds: tuple[int, ...] = (0,)
+    """One training run per seed, all in one compiled program."""
+    interval: int = 1000
+    """Environment steps between two reports, rounded to whole updates."""
+
+
+class Report(NamedTuple):
+    """What a driver yields after every interval.
+
+    Attributes:
+      step: environment steps per seed so far.
+      learner: leaves [S, ...].
+      metrics: means over the interval, [S] each; empty before the first update.
+      episodes: finished episodes of the interval, [S, ...].
+      snapshot: call for everything a later run needs to go on bit for bit.
+    """
+
+    step: int
+    learner: Learner
+    metrics: dict[str, np.ndarray]
+    episodes: Episodes
+    snapshot: Callable[[], Any]
+
+
+def example_record(agent: Agent, spec: EnvSpec, num_envs: int) -> Any:
+    """Describe one record of one environment, a `Record` of `jax.ShapeDtypeStruct`s."""
+
+    def extras(key: Key) -> Any:
+        obs = spaces.zeros(spec.observation, (num_envs,))
+        state, carry, first = agent.init(key), agent.begin(num_envs), jnp.ones(num_envs, bool)
+        return agent.act(state, carry, obs, first, key, "random")[2]
+
+    def record(key: Key) -> Record:
+        rows = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), jax.eval_shape(extras, key))
+        flag = jnp.zeros((), bool)
+        obs, action = spaces.zeros(spec.observation), spaces.zeros(spec.action)
+        return Record(obs, action, jnp.zeros(()), flag, flag, flag, rows)
+
+    return jax.eval_shape(record, jax.random.key(0))
+
+
+def init_learner(agent: Agent, spec: EnvSpec, num_envs: int, key: Key) -> Learner:
+    """Make the learner of one seed before its first step."""
+    agent_key, key = jax.random.split(key)
+    example = example_record(agent, spec, num_envs)
+    return Learner(
+        agent=agent.init(agent_key),
+        carry=agent.begin(num_envs),
+        ring=replay.init(example, num_envs, agent.sampling.capacity),
+        key=key,
+        episode_return=jnp.zeros(num_envs),
+        episode_length=jnp.zeros(num_envs, jnp.int32),
+    )
+
+
+def learner_step(
+    agent: Agent, learner: Learner, now: TimeStep, mode: Mode
+) -> tuple[Learner, Array, Episodes]:
+    """Act on a time step of [E] environments and store the record.
+
+    Returns:
+      The learner, the action [E, ...] and the episodes that end with this record.
+    """
+    act_key, key = jax.random.split(learner.key)
+    action, carry, extras = agent.act(
+        learner.agent, learner.carry, now.obs, now.is_first, act_key, mode
+    )
+    record = Record(now.obs, action, now.reward, now.is_first, now.is_last, now.is_terminal, extras)
+    returns = jnp.where(now.is_first, 0.0, learner.episode_return + now.reward)
+    lengths = jnp.where(now.is_first, 0, learner.episode_length + 1)
+    learner = learner._replace(
+        carry=carry,
+        ring=replay.add(learner.ring, record),
+        key=key,
+        episode_return=returns,
+        episode_length=lengths,
+    )
+    return learner, action, Episodes(now.is_last, returns, lengths)
+
+
+def learner_update(agent: Agent, learner: Learner) -> tuple[Learner, Metrics]:
+    """Sample what the agent asks for and let it learn."""
+    sample_key, update_key, key = jax.random.split(learner.key, 3)
+    batch = replay.sample(learner.ring, sample_key, agent.sampling)
+    state, metrics, feedback = agent.update(learner.agent, batch, update_key)
+    ring = learner.ring
+    if feedback is not None:
+        ring = replay.write_back(ring, batch.index, feedback)
+    return learner._replace(agent=state, ring=ring, key=key), metrics
+
+
+def over_seeds(fn: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:
+    """Map `fn` over the leading seed axis; a single seed is not batched at all.
+
+    One seed is unpacked instead of mapped, because a batched loop runs until its last
+    member is done and copies its carry at every trip.
+    """
+    if num_seeds > 1:
+        return jax.vmap(fn)
+
+    def single(*args: Any) -> Any:
+        out = fn(*jax.tree.map(lambda x: x[0], args))
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], out)
+
+    return single
+
+
+class Schedule(NamedTuple):
+    """Vector steps (one step of all E environments) between the landmarks of a run."""
+
+    warmup: int
+    cycle: int
+    cycles_per_report: int
+    total: int
+
+    def updates_after(self, step: int) -> bool:
+        """Tell whether an update follows vector step number `step` (counted from 1)."""
+        return step >= self.warmup and (step - self.warmup) % self.cycle == 0
+
+
+def schedule(agent: Agent, config: DriverConfig) -> Schedule:
+    """Turn environment steps into whole vector steps: warm-up, then cycles of acting and
+    one update. The first update follows the warm-up, the last one the last cycle.
+
+    Raises:
+      ValueError: when a number of steps is not positive.
+    """
+    for name in ("steps", "num_envs", "interval"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    cycle = max(1, agent.sampling.every // config.num_envs)
+    warmup = max(1, -(-agent.sampling.start // config.num_envs))
+    per_report = max(1, config.interval // (cycle * config.num_envs))
+    return Schedule(warmup, cycle, per_report, -(-config.steps // config.num_envs))
+
+
+def seed_keys(seeds: tuple[int, ...]) -> Key:
+    """Return one key per seed, [S]; a seed's key does not depend on its neighbours."""
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def start_learners(
+    factory: AgentFactory, spec: EnvSpec, config: DriverConfig, hyper: Hyper
+) -> Learner:
+    """Make the learners of all seeds, leaves [S, ...]."""
+
+    def start(key: Key, hyper: Hyper) -> Learner:
+        return init_learner(factory(hyper), spec, config.num_envs, key)
+
+    return jax.jit(over_seeds(start, len(config.seeds)))(seed_keys(config.seeds), hyper)
+
+
+def fetch(tree: Any) -> Any:
+    """Copy a pytree to the host, as numpy arrays."""
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,122 @@
+"""`mbrl evaluate RUN`: greedy episodes of a trained agent, as text, JSON or video."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run as a file: imports start at the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import tyro
+
+from mbrl.training.evaluation import statistics
+from scripts import runs
+from scripts.cli import parse, run
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Play greedy episodes of a trained agent and print statistics of the returns."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run."""
+    episodes: int = 20
+    """Episodes per trained seed."""
+    seed: int = 0
+    """Seed of the start states."""
+    env: str | None = None
+    """Another environment id with the same spaces."""
+    json: bool = False
+    """Print one JSON object on stdout and nothing else."""
+    video: str = ""
+    """GIF of the first episode (.gif), or MP4 with the extra `video` (.mp4)."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the job."""
+    config = parse(EvaluateConfig, argv, "mbrl evaluate")
+    if config.episodes < 1:
+        raise ValueError(f"--episodes: expected at least 1, got {config.episodes}")
+    job = runs.load(Path(config.run), config.env)
+    # The save was made with the training environment, whatever is played now.
+    restored = runs.restore(runs.load(Path(config.run)), Path(config.run))
+    if restored is None:
+        raise ValueError(f"{config.run}: there is no save to evaluate; train it first")
+    frames: list[np.ndarray] = []
+    options: dict[str, Any] = {}
+    if config.video:
+        if job.env is not None:
+            raise ValueError(f"--video: {job.env_id} draws nothing; use its Gymnasium twin")
+        options = {"render_mode": "rgb_array"}
+
+    def film(now: Any, host_envs: Any) -> None:
+        if config.video and not (frames and now.is_first[0, 0]):
+            frames.append(np.asarray(host_envs[0].render(0)))
+
+    state = runs.agent_state(runs.load(Path(config.run)), restored.tree)
+    returns = runs.evaluate(job, state, config.episodes, config.seed, film, **options)
+    result = summary(job, returns, restored.step)
+    if config.video:
+        try:  # a film that fails takes nothing else with it
+            write_video(Path(config.video), frames)
+        except Exception as error:
+            print(f"warning: no video: {error}", file=sys.stderr)
+    if config.json:
+        print(json.dumps(result))
+    else:
+        print(f"{config.run}: {job.agent_name} on {job.env_id} after {restored.step} steps")
+        for name, seed in result["seeds"].items():
+            print(
+                f"  seed {name}: mean {seed['return_mean']:.1f}  std {seed['return_std']:.1f}  "
+                f"IQM {seed['return_iqm']:.1f}  ({config.episodes} episodes)"
+            )
+    return 0
+
+
+def summary(job: runs.Run, returns: np.ndarray, step: int) -> dict[str, Any]:
+    """Summarize returns [S, episodes] over all seeds, and per seed."""
+
+    def describe(values: np.ndarray) -> dict[str, Any]:
+        mean, std, iqm = statistics(values)
+        flat = [float(r) for r in values.reshape(-1)]
+        return {"return_mean": mean, "return_std": std, "return_iqm": iqm, "returns": flat}
+
+    return {
+        **describe(returns),
+        "episodes": int(returns.size),
+        "env": job.env_id,
+        "agent": job.agent_name,
+        "step": step,
+        "seeds": {
+            str(seed): describe(returns[index]) for index, seed in enumerate(job.driver.seeds)
+        },
+    }
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: int = 30) -> None:
+    """Write frames [H, W, 3] as GIF, or as MP4 by imageio.
+
+    Raises:
+      ValueError: when an MP4 is asked for without the extra `video`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gif":
+        from PIL import Image
+
+        images = [Image.fromarray(frame) for frame in frames]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
+        return
+    try:
+        import imageio.v3 as imageio
+    except ImportError as error:
+        raise ValueError('MP4 needs the extra: pip install "modelrl[video]"') from error
+    imageio.imwrite(path, np.stack(frames), fps=fps)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

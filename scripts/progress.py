@@ -1,0 +1,59 @@
+"""Progress of a run: a bar with ETA on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+LINES = 20
+"""Lines of a whole run where there is no terminal."""
+
+
+class Progress:
+    """Shows steps, return, speed and remaining time on stderr; a context manager."""
+
+    def __init__(self, title: str, step: int, total: int) -> None:
+        """Begin at `step` of `total`."""
+        self._title, self._start, self._total = title, step, total
+        self._began = time.perf_counter()
+        self._shown = step
+        self._return: float | None = None
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} steps"), TimeRemainingColumn(),
+                TextColumn("{task.fields[told]}"), console=Console(stderr=True),
+            )  # fmt: skip
+            self._task = self._bar.add_task(
+                self._title, total=self._total, completed=self._start, told="compiling"
+            )
+            self._bar.start()
+        else:
+            print(f"{self._title}: compiling, then {self._total} steps", file=sys.stderr)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, mean_return: float | None) -> None:
+        """Show that `step` is reached; `mean_return` None keeps the last one."""
+        self._return = self._return if mean_return is None else mean_return
+        speed = (step - self._start) / max(time.perf_counter() - self._began, 1e-9)
+        told = f"{speed:.1f} steps/s" + (
+            "" if self._return is None else f"  return {self._return:.1f}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, told=told)
+        elif step >= self._total or step - self._shown >= self._total / LINES:
+            self._shown = step
+            left = (self._total - step) / max(speed, 1e-9)
+            print(f"step {step}/{self._total}  {told}  {left:.0f} s left", file=sys.stderr)

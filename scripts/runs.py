@@ -1,0 +1,239 @@
+"""A run on disk: its settings, and how to build agent and environments from them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import envs
+from agents import AGENTS
+from envs.host import HostEnv
+from mbrl import replay, spaces
+from mbrl.training import checkpoint, run_directory
+from mbrl.training.device import run_device, start_state
+from mbrl.training.evaluation import evaluate_device, evaluate_host
+from mbrl.training.host import run_host
+from mbrl.training.learner import (
+    DriverConfig,
+    Hyper,
+    Report,
+    example_record,
+    schedule,
+    seed_keys,
+    start_learners,
+)
+from mbrl.types import MDP, Agent, EnvSpec
+
+CHECKPOINTS = "checkpoints"
+EVALUATION_SEED = 1_000_003
+"""Offset between the seeds of training and of the evaluation that ends it."""
+
+
+class Run(NamedTuple):
+    """What a configuration builds.
+
+    Attributes:
+      agent_name: key of `agents.AGENTS`.
+      config: of the agent.
+      env_id: of the training environment.
+      driver: how much to run.
+      on_bad: policy for numbers that are not finite.
+      env: a device MDP, or None when the environment lives on the host.
+      spec: spaces of the environment.
+    """
+
+    agent_name: str
+    config: Any
+    env_id: str
+    driver: DriverConfig
+    on_bad: Any
+    env: MDP | None
+    spec: EnvSpec
+
+    def factory(self, hyper: Hyper) -> Agent:
+        """Build the agent, with float settings replaced by traced ones."""
+        entry = AGENTS[self.agent_name]
+        return entry.make(self.spec, dataclasses.replace(self.config, **hyper))
+
+    def host_envs(self, num_envs: int | None = None, **options: Any) -> list[HostEnv]:
+        """Build one host environment per seed."""
+        num_envs = num_envs or self.driver.num_envs
+        return [
+            typing.cast(HostEnv, envs.make(self.env_id, num_envs, self.on_bad, **options))
+            for _ in self.driver.seeds
+        ]
+
+
+def build(
+    agent_name: str, config: Any, env_id: str, driver: DriverConfig, on_bad: Any = "raise"
+) -> Run:
+    """Check that everything fits together, and how much memory replay takes.
+
+    Raises:
+      ValueError: for an unknown environment, settings or spaces that do not fit, or a
+        replay that is larger than the memory.
+    """
+    env = envs.make(env_id, driver.num_envs, on_bad)
+    run = Run(
+        agent_name, config, env_id, driver, on_bad, env if isinstance(env, MDP) else None, env.spec
+    )
+    if isinstance(env, HostEnv):
+        env.close()
+    agent = run.factory({})
+    schedule(agent, driver)
+    example = example_record(agent, env.spec, driver.num_envs)
+    size = replay.nbytes(example, driver.num_envs, agent.sampling.capacity) * len(driver.seeds)
+    replay.check_memory(size, "replay")
+    return run
+
+
+def train(run: Run, snapshot: Any, should_stop: Any) -> Iterator[Report]:
+    """Run the driver that fits the environment."""
+    if run.env is not None:
+        return run_device(
+            run.factory, run.env, run.driver, snapshot=snapshot, should_stop=should_stop
+        )
+    host_envs: list[Any] = run.host_envs()
+    return run_host(run.factory, host_envs, run.driver, snapshot=snapshot, should_stop=should_stop)
+
+
+def evaluate(
+    run: Run,
+    agent_state: Any,
+    episodes: int,
+    seed: int,
+    on_step: Any = lambda now: None,
+    **options: Any,
+) -> np.ndarray:
+    """Play greedy episodes: [S, episodes] returns.
+
+    Args:
+      run: see `build`; its environment may be another one with the same spaces.
+      agent_state: leaves [S, ...].
+      episodes: per seed.
+      seed: of the start states; seed `s` of the run uses `seed + s`.
+      on_step: sees each time step and the environments, for videos (host only).
+      **options: handed to `envs.make` (host only), such as `render_mode`.
+    """  # fmt: skip
+    seeds = tuple(seed + s for s in range(len(run.driver.seeds)))
+    if run.env is not None:
+        return evaluate_device(run.factory, agent_state, run.env, seed_keys(seeds), episodes)
+    host_envs: list[Any] = run.host_envs(min(episodes, 20), **options)
+    try:
+        return evaluate_host(
+            run.factory, agent_state, host_envs, seed_keys(seeds), seeds, episodes,
+            on_step=lambda now: on_step(now, host_envs),
+        )  # fmt: skip
+    finally:
+        for env in host_envs:
+            env.close()
+
+
+def snapshot_like(run: Run, manifest: Mapping[str, Any]) -> Any:
+    """Describe the snapshot of a driver without running it: what `restore` compares with."""
+
+    def shapes() -> Any:
+        return start_learners(run.factory, run.spec, run.driver, {})
+
+    learner = jax.eval_shape(shapes)
+    step = np.zeros((), np.int64)
+    if run.env is not None:
+        env = run.env
+        state = jax.eval_shape(lambda: start_state(run.factory, env, run.driver, {}))
+        return {"state": state, "step": step}
+    host_envs = run.host_envs()
+    states = [env.state() for env in host_envs]
+    for env, state, rows in zip(host_envs, states, manifest.get("log_rows", []), strict=False):
+        # Without a time limit the log of actions grows with the longest episode.
+        state["actions"] = np.zeros((env.num_envs, rows, *state["actions"].shape[2:]),
+                                    state["actions"].dtype)  # fmt: skip
+        env.close()
+    return {"learner": learner, "step": step, "envs": states}
+
+
+def manifest_of(snapshot: Any) -> dict[str, Any]:
+    """Return what `snapshot_like` must know of a snapshot."""
+    return {"log_rows": [int(state["actions"].shape[1]) for state in snapshot.get("envs", [])]}
+
+
+def restore(run: Run, directory: Path) -> checkpoint.Restored | None:
+    """Read the newest intact save of a run; None when there is none."""
+    folder = directory / CHECKPOINTS
+    newest = checkpoint.read_manifest(folder)
+    return checkpoint.restore(folder, snapshot_like(run, newest[1] if newest else {}))
+
+
+def agent_state(run: Run, snapshot: Any) -> Any:
+    """Return the agent's part of a snapshot, leaves [S, ...]."""
+    return (snapshot["state"] if run.env is not None else snapshot)["learner"].agent
+
+
+def to_json(value: Any) -> Any:
+    """Turn a configuration into JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """Invert `to_json` for a dataclass of plain fields, tuples and nested dataclasses.
+
+    Raises:
+      ValueError: when the fields are not those of `kind`.
+    """
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        return None if value is None else from_json(kinds[0], value)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        names = {f.name for f in dataclasses.fields(kind)}
+        if set(value) != names:
+            odd = sorted(set(value) ^ names)
+            raise ValueError(f"{kind.__name__}: fields {odd} are missing or unknown")
+        return kind(**{name: from_json(hints[name], value[name]) for name in names})
+    if isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def load(directory: Path, env_id: str | None = None) -> Run:
+    """Rebuild a run from the settings in its folder.
+
+    Args:
+      directory: of the run.
+      env_id: another environment with the same spaces.
+
+    Raises:
+      ValueError: when there is no run, or the spaces differ.
+    """
+    saved = run_directory.read_config(directory)
+    if saved is None:
+        raise ValueError(f"{directory}: expected the folder of a run, found no config.json")
+    name = saved["agent"]
+    if name not in AGENTS:
+        raise ValueError(f"{directory}: agent {name!r} is unknown, expected one of {list(AGENTS)}")
+    config = from_json(AGENTS[name].config, saved["config"])
+    driver = DriverConfig(
+        saved["steps"], saved["num_envs"], tuple(saved["seeds"]), saved["log_every"]
+    )
+    run = build(name, config, saved["env"], driver, saved["on_bad"])
+    if env_id is None or env_id == run.env_id:
+        return run
+    other = build(name, config, env_id, driver, saved["on_bad"])
+    for part in ("observation", "action"):
+        before, now = (spaces.describe(getattr(r.spec, part)) for r in (run, other))
+        if before != now:
+            raise ValueError(
+                f"--env {env_id}: its {part} space {now} differs from that of {run.env_id}, "
+                f"{before}; evaluate on an environment with the same spaces"
+            )
+    return other

@@ -1,0 +1,219 @@
+"""`mbrl train AGENT --env ID`: train, evaluate, and resume when given again."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+if __name__ == "__main__":  # run as a file: imports start at the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import tyro
+
+from agents import AGENTS
+from agents.presets import preset
+from mbrl.training import checkpoint, run_directory
+from mbrl.training.evaluation import statistics
+from mbrl.training.learner import DriverConfig, Report
+from mbrl.training.metrics import MetricsWriter
+from scripts import runs
+from scripts.cli import parse, run
+from scripts.progress import Progress
+
+HARMLESS = {"steps", "log_every", "save_every", "eval_episodes", "versions"}
+"""Settings that may change on resume with --override-config."""
+
+MAX_SKIPPED = 100
+"""Updates in a row with a gradient that is not finite, after which a run is stopped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What every agent's training run needs."""
+
+    env: str = "Pendulum-v1"
+    """Gymnasium id, device/NAME, or module:Class."""
+    steps: int = 2000
+    """Environment steps per seed."""
+    seed: int = 0
+    """Seed of the run; with several seeds, the first of them."""
+    num_seeds: int = 1
+    """Seeds to train in one compiled program."""
+    num_envs: int = 1
+    """Environments per seed."""
+    out: str = ""
+    """Folder of the run; runs/AGENT-ENV-SEED when empty."""
+    eval_episodes: int = 20
+    """Greedy episodes per seed at the end; 0 = none."""
+    log_every: int = 0
+    """Environment steps between log lines; 0 = a fiftieth of the run."""
+    save_every: int = 1000
+    """Environment steps between saves; the end and a stop are always saved."""
+    on_bad: Literal["raise", "drop", "clip"] = "raise"
+    """What to do with rewards and observations that are not finite."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    wandb: str | None = None
+    """Weights & Biases project."""
+    override_config: bool = False
+    """Resume although harmless settings or versions have changed."""
+
+
+def settings(agent: str, argv: list[str]) -> tuple[TrainConfig, Any]:
+    """Parse the flags of `mbrl train AGENT`; the preset of the environment gives defaults."""
+    env = next((b for a, b in itertools.pairwise(argv) if a == "--env"), None)
+    env = next((a.split("=", 1)[1] for a in argv if a.startswith("--env=")), env)
+    config_class = AGENTS[agent].config
+    joined = dataclasses.make_dataclass(
+        "Settings",
+        [
+            ("run", Annotated[TrainConfig, tyro.conf.arg(name="")]),
+            ("agent", Annotated[config_class, tyro.conf.arg(name="")]),
+        ],
+        frozen=True,
+    )
+    default = joined(TrainConfig(), preset(agent, env or TrainConfig.env))
+    description = f"Train {agent}. The same command again resumes."
+    parsed = parse(joined, argv, f"mbrl train {agent}", description, default)
+    return parsed.run, parsed.agent
+
+
+def main(argv: list[str]) -> int:
+    """Run the job; returns 0 when the budget is spent, 75 when it was asked to stop."""
+    if not argv or argv[0] not in AGENTS:
+        wanted = f"got {argv[0]!r}, " if argv and not argv[0].startswith("-") else ""
+        raise ValueError(f"usage: mbrl train AGENT [flags]; {wanted}agents: {', '.join(AGENTS)}")
+    config, agent_config = settings(argv[0], argv[1:])
+    seeds = tuple(range(config.seed, config.seed + config.num_seeds))
+    if not seeds:
+        raise ValueError(f"--num-seeds: expected at least 1, got {config.num_seeds}")
+    interval = config.log_every or max(1, config.steps // 50)
+    driver = DriverConfig(config.steps, config.num_envs, seeds, interval)
+    job = runs.build(argv[0], agent_config, config.env, driver, config.on_bad)
+    name = f"{argv[0]}-{config.env.replace('/', '-').replace(':', '-')}-{config.seed}"
+    out = Path(config.out or Path("runs") / name)
+    out.mkdir(parents=True, exist_ok=True)
+    with run_directory.Lock(out), run_directory.StopSignal() as stop:
+        _check_settings(out, job, config)
+        finished = _train(out, job, config, stop)
+    if not finished:
+        print(f"stopped and saved; resume with: mbrl train {' '.join(argv)}", file=sys.stderr)
+    return 0 if finished else 75
+
+
+def _check_settings(out: Path, job: runs.Run, config: TrainConfig) -> None:
+    current = {
+        "agent": job.agent_name,
+        "env": job.env_id,
+        "config": runs.to_json(job.config),
+        "steps": config.steps,
+        "seeds": list(job.driver.seeds),
+        "num_envs": config.num_envs,
+        "log_every": job.driver.interval,
+        "save_every": config.save_every,
+        "eval_episodes": config.eval_episodes,
+        "on_bad": config.on_bad,
+        "versions": run_directory.versions(),
+    }
+    saved = run_directory.read_config(out)
+    if saved is not None:
+        run_directory.check_config(saved, current, HARMLESS, config.override_config)
+    run_directory.write_config(out, current)
+
+
+def _train(out: Path, job: runs.Run, config: TrainConfig, stop: run_directory.StopSignal) -> bool:
+    """Train from the newest save to the end; returns False when stopped before it."""
+    restored = runs.restore(job, out)
+    step = 0 if restored is None else restored.step
+    if restored is not None:
+        print(f"resuming {out} at step {step} of {config.steps}", file=sys.stderr)
+    snapshot = None if restored is None else restored.tree
+    with MetricsWriter(
+        out, None if restored is None else step, config.tensorboard, config.wandb
+    ) as log:
+        with Progress(f"{job.agent_name} {job.env_id}", step, config.steps) as progress:
+            saved = step
+            for report in runs.train(job, snapshot, lambda: stop.requested):
+                step = report.step
+                progress.update(step, _write(log, job, report))
+                if step - saved >= config.save_every or step >= config.steps or stop.requested:
+                    snapshot = report.snapshot()
+                    log.sync()
+                    saved = _save(out, step, snapshot, saved)
+                _stop_if_diverged(out, report)
+        if step < config.steps:
+            return False
+        if config.eval_episodes and snapshot is not None:
+            _evaluate(out, job, snapshot, config, log)
+    return True
+
+
+def _write(log: MetricsWriter, job: runs.Run, report: Report) -> float | None:
+    """Write finished episodes and metrics; return the mean return of the interval."""
+    episodes = report.episodes
+    for index, seed in enumerate(job.driver.seeds):
+        done = np.asarray(episodes.done)[index]
+        for value, length in zip(
+            np.asarray(episodes.returns)[index][done], np.asarray(episodes.lengths)[index][done],
+            strict=True,
+        ):  # fmt: skip
+            line = {"episode_return": value, "episode_length": length}
+            log.write(report.step, line, "train", seed)
+        if report.metrics:
+            log.write(report.step, {k: v[index] for k, v in report.metrics.items()}, "train", seed)
+    everything = np.asarray(episodes.returns)[np.asarray(episodes.done)]
+    return float(everything.mean()) if everything.size else None
+
+
+def _save(out: Path, step: int, snapshot: Any, saved: int) -> int:
+    """Save; a disk that refuses is announced and does not stop the run (F4)."""
+    try:
+        checkpoint.save(out / runs.CHECKPOINTS, step, snapshot, runs.manifest_of(snapshot))
+    except OSError as error:
+        print(f"warning: step {step} is not saved ({error}); trying again later", file=sys.stderr)
+        return saved
+    return step
+
+
+def _stop_if_diverged(out: Path, report: Report) -> None:
+    """Stop a run whose gradients have stayed non-finite, with what is known of it (F9)."""
+    for name, values in report.metrics.items():
+        if name.endswith("skipped_in_a_row") and np.max(values) >= MAX_SKIPPED:
+            known = {k: np.asarray(v).astype(str).tolist() for k, v in report.metrics.items()}
+            run_directory.write_json(out / "diagnostics.json", {"step": report.step, **known})
+            raise ValueError(
+                f"step {report.step}: the last {int(np.max(values))} updates had gradients that "
+                f"are not finite and were skipped; see {out / 'diagnostics.json'}; lower the "
+                "learning rate, or look for extreme values in the data"
+            )
+
+
+def _evaluate(
+    out: Path, job: runs.Run, snapshot: Any, config: TrainConfig, log: MetricsWriter
+) -> None:
+    """Play greedy episodes at the end of the budget and keep the result."""
+    start = time.perf_counter()
+    agent_state = runs.agent_state(job, snapshot)
+    seed = config.seed + runs.EVALUATION_SEED
+    returns = runs.evaluate(job, agent_state, config.eval_episodes, seed)
+    result: dict[str, Any] = {"step": config.steps, "env": job.env_id, "seeds": {}}
+    for index, name in enumerate(job.driver.seeds):
+        mean, std, iqm = statistics(returns[index])
+        line = {"eval/return_mean": mean, "eval/return_std": std, "eval/return_iqm": iqm}
+        log.write(config.steps, line, "eval", name)
+        result["seeds"][str(name)] = {
+            "return_mean": mean, "return_std": std, "return_iqm": iqm,
+            "returns": [float(r) for r in returns[index]],
+        }  # fmt: skip
+        print(f"seed {name}: {mean:.1f} +- {std:.1f} over {config.eval_episodes} greedy episodes")
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    run_directory.write_json(out / "evaluation.json", result)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
