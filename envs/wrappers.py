@@ -38,6 +38,9 @@ def pixels(env: gym.Env[Any, Any], size: int = 64) -> gym.Env[Any, Any]:
                 f"env: {env} observes no images and has render_mode={env.render_mode!r}; make it "
                 "with render_mode='rgb_array'"
             )
+        # The wrapper draws once to learn the size, and MuJoCo aims its camera at that first
+        # frame: an unseeded start would make the pictures of every run different.
+        env.reset(seed=0)
         env = gym.wrappers.AddRenderObservation(env, render_only=True)
         space = env.observation_space
     channels = space.shape[2]  # pyright: ignore[reportOptionalSubscript]

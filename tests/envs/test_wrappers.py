@@ -40,6 +40,23 @@ def test_pixels_average_areas(observe):
     np.testing.assert_array_equal(image[0], expected)
 
 
+class Camera(Counter):
+    """Aims its camera where the first frame is drawn, as MuJoCo does."""
+
+    aim = None
+
+    def render(self):
+        self.aim = self.np_random.integers(200) if self.aim is None else self.aim
+        return np.full((4, 4, 3), self.aim + self.t, np.uint8)
+
+
+def test_pictures_do_not_depend_on_how_the_process_began():
+    frames = [HostEnv(lambda: pixels(Camera(), 2), num_envs=2).reset(7).obs for _ in range(3)]
+    np.testing.assert_array_equal(frames[0][0], frames[0][1])
+    np.testing.assert_array_equal(frames[0], frames[1])
+    np.testing.assert_array_equal(frames[0], frames[2])
+
+
 def test_pixels_need_a_picture():
     env = Counter()
     env.render_mode = None  # pyright: ignore
