@@ -109,7 +109,7 @@ def evaluate(
     agent_state: Any,
     episodes: int,
     seed: int,
-    on_step: Any = lambda now: None,
+    on_step: Any = lambda now, envs: None,
     **options: Any,
 ) -> np.ndarray:
     """Play greedy episodes: [S, episodes] returns.
