@@ -83,9 +83,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     share = b.count / jnp.maximum(count, 1.0)
     delta = b.mean - a.mean
     var = (1.0 - share) * a.var + share * b.var + share * (1.0 - share) * jnp.square(delta)
-    mean = a.mean + share * delta
-    untouched = b.count == 0
-    return Moments(jnp.where(untouched, a.mean, mean), jnp.where(untouched, a.var, var), count)
+    return Moments(a.mean + share * delta, var, count)
 
 
 def update(moments: Moments, x: Array, mask: Array | None = None) -> Moments:

@@ -125,6 +125,13 @@ def test_integers_are_averaged_as_numbers() -> None:
     assert moments.var[0] == 6.25
 
 
+def test_half_precision_rows_are_averaged_in_float32() -> None:
+    rows = jnp.concatenate([jnp.full(999, 1.0), jnp.full(1, 2.0)]).astype(jnp.bfloat16)
+    moments = FIT(rows[:, None])
+    assert moments.mean.dtype == jnp.float32
+    np.testing.assert_allclose(moments.mean, 1.001, rtol=1e-6)
+
+
 def test_fit_names_a_mask_of_the_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"mask: got shape \(4,\), expected \(5,\)"):
         norm.fit(jnp.zeros((5, 4)), jnp.ones(4, bool))

@@ -111,6 +111,6 @@ def test_total_variance_is_the_variance_of_the_mixture() -> None:
 def test_mopo_penalties_by_hand() -> None:
     variances = jnp.array([[[9.0, 16.0]], [[1.0, 1.0]]])
     np.testing.assert_allclose(unc.max_aleatoric(variances), [5.0])
-    means = jnp.array([[[0.0, 0.0]], [[6.0, 8.0]]])
-    np.testing.assert_allclose(unc.max_deviation(means), [5.0])
+    means = jnp.array([[[0.0, 0.0]], [[0.0, 0.0]], [[9.0, 12.0]]])  # their mean is (3, 4)
+    np.testing.assert_allclose(unc.max_deviation(means), [10.0])
     np.testing.assert_array_equal(unc.max_deviation(means[:1]), [0.0])
