@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -27,6 +29,8 @@ from scripts.progress import Progress
 
 HARMLESS = {"steps", "log_every", "save_every", "eval_episodes", "versions"}
 """Settings that may change on resume with --override-config."""
+
+EVALUATION = "evaluation.json"
 
 MAX_SKIPPED = 100
 """Updates in a row with a gradient that is not finite, after which a run is stopped."""
@@ -102,7 +106,7 @@ def main(argv: list[str]) -> int:
         _check_settings(out, job, config)
         finished = _train(out, job, config, stop)
     if not finished:
-        print(f"stopped and saved; resume with: mbrl train {' '.join(argv)}", file=sys.stderr)
+        print(f"stopped and saved; resume with: mbrl train {shlex.join(argv)}", file=sys.stderr)
     return 0 if finished else 75
 
 
@@ -137,7 +141,7 @@ def _train(out: Path, job: runs.Run, config: TrainConfig, stop: run_directory.St
         out, None if restored is None else step, config.tensorboard, config.wandb
     ) as log:
         with Progress(f"{job.agent_name} {job.env_id}", step, config.steps) as progress:
-            saved = step
+            saved, report = step, None
             for report in runs.train(job, snapshot, lambda: stop.requested):
                 step = report.step
                 progress.update(step, _write(log, job, report))
@@ -146,10 +150,14 @@ def _train(out: Path, job: runs.Run, config: TrainConfig, stop: run_directory.St
                     log.sync()
                     saved = _save(out, step, snapshot, saved)
                 _stop_if_diverged(out, report)
+            if report is not None and saved < step:  # the stop came late, or a save failed
+                _save(out, step, report.snapshot(), saved)
         if step < config.steps:
             return False
-        if config.eval_episodes and snapshot is not None:
-            _evaluate(out, job, snapshot, config, log)
+        if report is None and _is_evaluated(out, step, config.eval_episodes):
+            print(f"{out} is finished: its returns are in {out / EVALUATION}", file=sys.stderr)
+        elif config.eval_episodes and snapshot is not None:
+            _evaluate(out, job, snapshot, config, log, step)
     return True
 
 
@@ -193,26 +201,36 @@ def _stop_if_diverged(out: Path, report: Report) -> None:
             )
 
 
+def _is_evaluated(out: Path, step: int, episodes: int) -> bool:
+    """Tell whether an earlier call has done the evaluation that ends the run."""
+    try:
+        result = json.loads((out / EVALUATION).read_text("utf-8"))
+        counts = [len(seed["returns"]) for seed in result["seeds"].values()]
+        return result["step"] == step and set(counts) == {episodes}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
 def _evaluate(
-    out: Path, job: runs.Run, snapshot: Any, config: TrainConfig, log: MetricsWriter
+    out: Path, job: runs.Run, snapshot: Any, config: TrainConfig, log: MetricsWriter, step: int
 ) -> None:
     """Play greedy episodes at the end of the budget and keep the result."""
     start = time.perf_counter()
     agent_state = runs.agent_state(job, snapshot)
     seed = config.seed + runs.EVALUATION_SEED
     returns = runs.evaluate(job, agent_state, config.eval_episodes, seed)
-    result: dict[str, Any] = {"step": config.steps, "env": job.env_id, "seeds": {}}
+    result: dict[str, Any] = {"step": step, "env": job.env_id, "seeds": {}}
     for index, name in enumerate(job.driver.seeds):
         mean, std, iqm = statistics(returns[index])
         line = {"eval/return_mean": mean, "eval/return_std": std, "eval/return_iqm": iqm}
-        log.write(config.steps, line, "eval", name)
+        log.write(step, line, "eval", name)
         result["seeds"][str(name)] = {
             "return_mean": mean, "return_std": std, "return_iqm": iqm,
             "returns": [float(r) for r in returns[index]],
         }  # fmt: skip
         print(f"seed {name}: {mean:.1f} +- {std:.1f} over {config.eval_episodes} greedy episodes")
     result["seconds"] = round(time.perf_counter() - start, 1)
-    run_directory.write_json(out / "evaluation.json", result)
+    run_directory.write_json(out / EVALUATION, result)
 
 
 if __name__ == "__main__":

@@ -121,29 +121,29 @@ def run_device(
     def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(over_seeds(fn, num_seeds), donate_argnums=0)
 
-    run_cycles = compiled(cycles)
+    @partial(jax.jit, donate_argnums=0)
+    def run_cycles(state: DeviceState, hyper: Hyper, num: Array) -> Any:
+        # The number is shared by all seeds: a loop with one per seed would select, and so
+        # copy, the whole state after each of its trips.
+        return over_seeds(lambda state, hyper: cycles(state, hyper, num), num_seeds)(state, hyper)
+
     if snapshot is None:
         state, step = start_state(factory, env, config, hyper, params), 0
     else:
         state, step = snapshot["state"], int(snapshot["step"])
 
     while step < plan.total and not should_stop():
-        remaining = (plan.total - step) // plan.cycle
-        if step == 0 or remaining == 0:  # the warm-up, or what is left of a cycle
-            length = min(plan.warmup, plan.total) if step == 0 else plan.total - step
-            mode: Mode = "random" if step == 0 else "explore"
-            once = compiled(
-                partial(
-                    stretch, length=length, mode=mode, update=step == 0 and length == plan.warmup
-                )
-            )
-            state, metrics, episodes = once(state, hyper)
-            step += length
-        else:
-            num = min(remaining, plan.cycles_per_report)
-            counts = jnp.full(num_seeds, num)
-            state, metrics, episodes = run_cycles(state, hyper, counts)
+        left, due = plan.total - step, plan.until_update(step)
+        if plan.updates_after(step) and left >= plan.cycle:
+            num = min(left // plan.cycle, plan.cycles_per_report)
+            state, metrics, episodes = run_cycles(state, hyper, jnp.asarray(num))
             step += num * plan.cycle
+        else:  # the warm-up, or a part of a cycle where a run ends or has ended before
+            length = min(left, due)
+            mode: Mode = "random" if step < plan.warmup else "explore"
+            once = partial(stretch, length=length, mode=mode, update=length == due)
+            state, metrics, episodes = compiled(once)(state, hyper)
+            step += length
         done = {"state": state, "step": np.int64(step)}
         yield Report(
             step * config.num_envs, state.learner, fetch(metrics), fetch(episodes),

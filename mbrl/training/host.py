@@ -94,7 +94,8 @@ def run_host(
 
     logged: list[Metrics] = []
     finished: list[Episodes] = []
-    while step < plan.total and not should_stop():
+    stop = should_stop()
+    while step < plan.total and not stop:
         mode: Mode = "random" if step < plan.warmup else "explore"
         learner, action, episodes = run_act[mode](learner, now, hyper)
         action = np.asarray(action)
@@ -105,8 +106,9 @@ def run_host(
             learner, metrics = run_learn(learner, hyper)
             logged.append(metrics)
         now = stack([env.step(a) for env, a in zip(envs, action, strict=True)])
-        last = step == plan.total or should_stop()
-        if last or step % (plan.cycles_per_report * plan.cycle) == 0:
+        # Asked once per step: whoever is told to stop has been given the last report.
+        stop = should_stop()
+        if stop or step == plan.total or step % (plan.cycles_per_report * plan.cycle) == 0:
             done = {"learner": learner, "step": np.int64(step)}
             yield Report(
                 step * config.num_envs, learner, _mean_metrics(logged),

@@ -191,6 +191,12 @@ class Schedule(NamedTuple):
         """Tell whether an update follows vector step number `step` (counted from 1)."""
         return step >= self.warmup and (step - self.warmup) % self.cycle == 0
 
+    def until_update(self, step: int) -> int:
+        """Count the vector steps from `step` to the next update."""
+        if step < self.warmup:
+            return self.warmup - step
+        return self.cycle - (step - self.warmup) % self.cycle
+
 
 def schedule(agent: Agent, config: DriverConfig) -> Schedule:
     """Turn environment steps into whole vector steps: warm-up, then cycles of acting and

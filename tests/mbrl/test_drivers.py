@@ -1,0 +1,287 @@
+"""Both drivers run the same agent on the same records, and go on bit for bit after a stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import envs
+from agents.pets import PETSConfig, make_pets
+from mbrl.planning import PlannerConfig
+from mbrl.training import checkpoint
+from mbrl.training.device import run_device, start_state
+from mbrl.training.host import run_host
+from mbrl.training.learner import DriverConfig, Learner, Report, schedule, start_learners
+from tests.mbrl.toys import StreamEnv, counter_mdp, linear_agent
+
+PETS = PETSConfig(
+    members=2, elites=2, hidden=(8,), batch_size=8, max_epochs=2,
+    random_steps=20, train_every=20, capacity=100,
+    planner=PlannerConfig(horizon=3, population=8, iterations=2, particles=2, elites=2),
+)  # fmt: skip
+
+
+def pendulum() -> Any:
+    mdp: Any = envs.make("device/Pendulum", max_episode_steps=15)
+    return mdp
+
+
+def linear(mdp: Any, **options: Any) -> Any:
+    return lambda hyper: linear_agent(mdp.spec, hyper, **options)
+
+
+def pets(mdp: Any) -> Any:
+    return lambda hyper: make_pets(mdp.spec, dataclasses.replace(PETS, **hyper))
+
+
+def host_of(mdp: Any, config: DriverConfig) -> list[Any]:
+    return [StreamEnv(mdp, config.num_envs) for _ in config.seeds]
+
+
+def last(reports: Any) -> Report:
+    report = None
+    for report in reports:
+        pass
+    assert report is not None
+    return report
+
+
+def assert_same(one: Learner, two: Learner, tolerance: float = 0.0) -> None:
+    """Keys, flags and counters must be equal; floats as near as `tolerance`."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True)
+    for (path, a), b in pairs:
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        exact = tolerance == 0.0 or not jnp.issubdtype(a.dtype, jnp.floating)
+        tolerances = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": tolerance, "atol": tolerance}
+        np.testing.assert_allclose(a, b, **tolerances, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("seeds", [(3,), (3, 8)])
+def test_drivers_end_with_the_same_learner(seeds):
+    mdp = counter_mdp()
+    config = DriverConfig(130, num_envs=2, seeds=seeds, interval=40)
+    device = last(run_device(linear(mdp), mdp, config))
+    host = last(run_host(linear(mdp), host_of(mdp, config), config))
+    assert device.step == host.step == 130
+    assert np.all(np.asarray(device.learner.agent["updates"]) == 6)
+    assert_same(device.learner, host.learner, tolerance=1e-5)
+    # What the simulator emits is exact here: so are the records.
+    assert np.array_equal(device.learner.ring.record.obs, host.learner.ring.record.obs)
+
+
+def test_drivers_end_with_the_same_pets():
+    mdp = pendulum()
+    config = DriverConfig(40, num_envs=2)
+    device = last(run_device(pets(mdp), mdp, config))
+    host = last(run_host(pets(mdp), host_of(mdp, config), config))
+    assert_same(device.learner, host.learner, tolerance=1e-3)
+
+
+def test_drivers_report_the_same_episodes():
+    mdp = counter_mdp(limit=7)
+    config = DriverConfig(56, num_envs=2, interval=20)
+    for reports in (
+        run_device(linear(mdp), mdp, config),
+        run_host(linear(mdp), host_of(mdp, config), config),
+    ):
+        found = []
+        for report in reports:
+            done = np.asarray(report.episodes.done)
+            found += zip(
+                np.asarray(report.episodes.returns)[done].tolist(),
+                np.asarray(report.episodes.lengths)[done].tolist(),
+                strict=True,
+            )
+        # 28 vector steps: records 0 .. 7 are the first episode, 8 .. 15 the second, ...
+        assert found == [(7.0, 7)] * 6
+
+
+def test_seeds_in_one_program_are_the_runs_of_each_seed():
+    mdp = pendulum()
+    config = DriverConfig(60, num_envs=2, seeds=(0, 5))
+    both = last(run_device(linear(mdp), mdp, config)).learner
+    for index, seed in enumerate(config.seeds):
+        alone = last(
+            run_device(linear(mdp), mdp, dataclasses.replace(config, seeds=(seed,)))
+        ).learner
+        assert_same(
+            jax.tree.map(lambda x: x[index : index + 1], both), alone, tolerance=1e-4
+        )  # fmt: skip
+    assert not np.allclose(both.agent["w"][0], both.agent["w"][1])
+    assert not np.allclose(both.ring.record.obs[0], both.ring.record.obs[1])
+
+
+def test_float_settings_are_mapped_over_seeds_in_one_trace():
+    mdp = pendulum()
+    hyper = {"learning_rate": jnp.array([1e-4, 1e-2, 1e-2]), "penalty": jnp.array([0.0, 0.0, 50.0])}
+    config = DriverConfig(44, num_envs=2, seeds=(1, 1, 1))
+    learner = last(run_device(pets(mdp), mdp, config, hyper)).learner
+    kernel = np.asarray(jax.tree.leaves(learner.agent.model.weights)[1])
+    records = learner.ring.record
+    # The seed is the same: only the settings tell the runs apart.
+    assert np.array_equal(records.obs[0][:, :10], records.obs[1][:, :10])
+    assert not np.allclose(kernel[0], kernel[1], atol=1e-4)
+    assert not np.array_equal(records.action[1], records.action[2])
+    assert np.array_equal(records.action[1][:, :10], records.action[2][:, :10])
+
+
+def compiled(caplog: Any) -> list[str]:
+    found = [re.match(r"Finished XLA compilation of jit\((\w+)\)", r.message) for r in caplog.records]
+    return [match[1] for match in found if match]
+
+
+def test_one_run_compiles_three_programs_and_none_later(caplog):
+    mdp = counter_mdp()
+    config = DriverConfig(105, seeds=(0,), interval=20)
+    factory = linear(mdp)
+    starts = {
+        "device": {"state": start_state(factory, mdp, config, {}), "step": 0},
+        "host": {
+            "learner": start_learners(factory, mdp.spec, config, {}),
+            "step": 0,
+            "envs": [started(mdp, config)],
+        },
+    }
+    runs = {
+        "device": run_device(factory, mdp, config, snapshot=starts["device"]),
+        "host": run_host(factory, host_of(mdp, config), config, snapshot=starts["host"]),
+    }
+    for name, reports in runs.items():
+        caplog.clear()
+        with jax.log_compiles():
+            next(reports), next(reports)
+            early = [n for n in compiled(caplog) if n in ("single", "run_cycles")]
+            caplog.clear()
+            next(reports), next(reports)
+            assert compiled(caplog) == [], name
+            last(reports)  # on the device, the part of a cycle that is left is a third one
+            late = compiled(caplog)
+        assert len(late) <= 1, name
+        assert len(early) + len(late) == 3, name
+
+
+def started(mdp: Any, config: DriverConfig) -> Any:
+    env = StreamEnv(mdp, config.num_envs)
+    env.reset(0)
+    return env.state()
+
+
+def resumable(kind: str, config: DriverConfig) -> Any:
+    """Return `run(steps, snapshot, should_stop)` for a device or a host environment."""
+    if kind == "device":
+        mdp = pendulum()
+
+        def run(steps: int, snapshot: Any = None, **options: Any) -> Any:
+            there = dataclasses.replace(config, steps=steps)
+            return run_device(linear(mdp), mdp, there, snapshot=snapshot, **options)
+
+        return run
+
+    def make() -> list[Any]:
+        return [
+            envs.make("Pendulum-v1", config.num_envs, max_episode_steps=15) for _ in config.seeds
+        ]
+
+    factory = linear(make()[0])
+
+    def run(steps: int, snapshot: Any = None, **options: Any) -> Any:
+        there = dataclasses.replace(config, steps=steps)
+        return run_host(factory, make(), there, snapshot=snapshot, **options)
+
+    return run
+
+
+def saved(snapshot: Any, folder: Any) -> Any:
+    checkpoint.save(folder, int(snapshot["step"]), snapshot, {})
+    restored = checkpoint.restore(folder, snapshot)
+    assert restored is not None
+    return restored.tree
+
+
+@pytest.mark.parametrize("kind", ["device", "host"])
+@pytest.mark.parametrize("seeds", [(4,), (4, 9)])
+def test_a_run_that_is_cut_ends_bit_for_bit(kind, seeds, tmp_path):
+    run = resumable(kind, DriverConfig(1, 1, seeds, interval=20))
+    whole = checkpoint.digest(last(run(96)).snapshot())
+    # Within the warm-up, at an update, in the middle of a cycle, and just before the end.
+    for cut in (7, 40, 51, 95):
+        half = saved(last(run(cut)).snapshot(), tmp_path / str(cut))
+        assert checkpoint.digest(last(run(96, half)).snapshot()) == whole, cut
+
+
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_a_stop_reports_where_it_stopped_and_resumes_bit_for_bit(kind, tmp_path):
+    run = resumable(kind, DriverConfig(1, 2, interval=20))
+    whole = checkpoint.digest(last(run(130)).snapshot())
+    asked = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > (2 if kind == "device" else 33)
+
+    stopped = last(run(130, should_stop=stop))
+    assert 0 < stopped.step < 130
+    assert stopped.step == (40 if kind == "device" else 66)
+    half = saved(stopped.snapshot(), tmp_path)
+    assert checkpoint.digest(last(run(130, half)).snapshot()) == whole
+
+
+def test_a_finished_run_has_nothing_left_to_report():
+    run = resumable("host", DriverConfig(1, 1, interval=20))
+    done = last(run(25)).snapshot()
+    assert list(run(25, done)) == []
+
+
+def test_the_schedule_counts_vector_steps():
+    spec = counter_mdp().spec
+    agent = linear_agent(spec, start=25, every=30)
+    plan = schedule(agent, DriverConfig(steps=100, num_envs=4, interval=70))
+    assert plan == (7, 7, 2, 25)  # 25 / 4 up, 30 / 4 down, 70 / 28 down, 100 / 4
+    assert [t for t in range(1, 26) if plan.updates_after(t)] == [7, 14, 21]
+    for t in range(25):
+        due = t + plan.until_update(t)
+        assert plan.updates_after(due)
+        assert not any(plan.updates_after(s) for s in range(t + 1, due))
+    many = schedule(agent, DriverConfig(steps=100, num_envs=64))
+    assert (many.warmup, many.cycle, many.total) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("field", ["steps", "num_envs", "interval"])
+def test_the_schedule_refuses_no_steps(field):
+    agent = linear_agent(counter_mdp().spec)
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+        schedule(agent, dataclasses.replace(DriverConfig(10), **{field: 0}))
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "every", "updates"),
+    [(15, 20, 10, 0), (20, 20, 10, 1), (29, 20, 10, 1), (47, 20, 10, 3), (13, 5, 50, 1)],
+)
+def test_both_drivers_do_the_updates_of_the_schedule(steps, start, every, updates):
+    mdp = counter_mdp()
+    factory, config = linear(mdp, start=start, every=every), DriverConfig(steps)
+    for reports in (
+        run_device(factory, mdp, config),
+        run_host(factory, host_of(mdp, config), config),
+    ):
+        report = last(reports)
+        assert report.step == steps
+        assert int(report.learner.agent["updates"][0]) == updates
+        assert int(report.learner.ring.size[0]) == min(steps, 60)
+
+
+def test_host_environments_must_fit_the_configuration():
+    mdp = counter_mdp()
+    run = partial(run_host, linear(mdp))
+    with pytest.raises(ValueError, match=r"one per seed \(2\), got 1"):
+        next(run([StreamEnv(mdp, 1)], DriverConfig(10, 1, (0, 1))))
+    with pytest.raises(ValueError, match="configuration says 2, the environment has 3"):
+        next(run([StreamEnv(mdp, 3)], DriverConfig(10, 2)))
