@@ -29,13 +29,13 @@ def clip_by_member_norm(max_norm: float) -> optax.GradientTransformation:
       ValueError: when leaves disagree on the leading axis, at the first update.
     """
 
-    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        leaves = jax.tree.leaves(grads)
+        leaves = jax.tree.leaves(updates)
         sizes = sorted({leaf.shape[:1] for leaf in leaves})
         if len(sizes) > 1 or sizes == [()]:
             raise ValueError(
-                f"grads: got leaves with leading axes {sizes}, expected one axis [N] of "
+                f"updates: got leaves with leading axes {sizes}, expected one axis [N] of "
                 "members on every leaf; clip shared parameters with optax.masked"
             )
         axes = [tuple(range(1, leaf.ndim)) for leaf in leaves]
@@ -47,7 +47,7 @@ def clip_by_member_norm(max_norm: float) -> optax.GradientTransformation:
         def scale(g):
             return g * factor.reshape(-1, *(1,) * (g.ndim - 1)).astype(g.dtype)
 
-        return jax.tree.map(scale, grads), state
+        return jax.tree.map(scale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -89,10 +89,10 @@ def apply_if_finite_counted(
         return FiniteState(inner.init(params), zero, zero)
 
     def update(
-        grads: Params, state: FiniteState, params: Params | None = None, **extra: Any
-    ) -> tuple[Params, FiniteState]:
-        finite = jnp.isfinite(optax.tree.norm(grads, squared=True))
-        updates, new = inner.update(grads, state.inner, params, **extra)
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, FiniteState]:
+        finite = jnp.isfinite(optax.tree.norm(updates, squared=True))
+        updates, new = inner.update(updates, state.inner, params, **extra)
         # A select and not a cond: it fuses with the update itself, and under vmap over
         # seeds a cond would become one anyway.
         updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
