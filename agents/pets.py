@@ -43,7 +43,7 @@ class PETSConfig:
     """Networks in the ensemble N (P)."""
     elites: int = 5
     """Members that plan, best on held-out data first (P: all)."""
-    hidden: tuple[int, ...] = (128, 128, 128)
+    hidden: tuple[int, ...] = (128, 128)
     """Hidden layers of each member (P: 3 x 500 or 4 x 200; smaller for CPU, M)."""
     propagation: Propagation = "ts1"
     """How particles move through the ensemble: ts1, tsinf, mean or moment_matching (P)."""
@@ -51,8 +51,8 @@ class PETSConfig:
     """What is predicted of the next observation: delta, absolute or angle (P)."""
     learn_bounds: bool = True
     """Learn the log-variance bounds (P)."""
-    learning_rate: float = 1e-3
-    """Adam step size (P)."""
+    learning_rate: float = 5e-3
+    """Adam step size; weights are averaged, which allows a large one (P: 1e-3, M)."""
     weight_decay: float = 5e-5
     """Decoupled decay of the network kernels (P, per layer there)."""
     clip_norm: float = 100.0

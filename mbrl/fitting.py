@@ -35,6 +35,9 @@ class FitConfig:
     """Gradient steps per epoch at least; small data sets are passed several times."""
     bootstrap: bool = True
     """Give each member its own resample with replacement, fixed during the call."""
+    averaging: float = 0.98
+    """Decay per step of the average over weights that is evaluated and kept; 0 = none. It
+    does what a decaying learning rate would, without knowing when a member will stop."""
     max_holdout: int = 1000
     """Held-out rows that are evaluated at most."""
 
@@ -44,6 +47,7 @@ class Progress(NamedTuple):
 
     epoch: Array  # []
     weights: Params
+    average: Params
     opt_state: optax.OptState
     best_weights: Params
     best_error: Array
@@ -134,8 +138,8 @@ def fit_members(
     held_data = jax.tree.map(lambda x: x[held], data)
     num_batches = jnp.maximum(-(-count // config.batch_size), config.min_batches)
 
-    def train_step(j: Array, carry: tuple[Params, Any, Array], order: Array, active: Array) -> Any:
-        weights, opt_state, total = carry
+    def train_step(j: Array, carry: Any, order: Array, active: Array) -> Any:
+        weights, average, opt_state, total = carry
         columns = (j * config.batch_size + jnp.arange(config.batch_size)) % jnp.maximum(count, 1)
         batch = jax.tree.map(lambda x: x[order[:, columns]], data)
 
@@ -145,8 +149,9 @@ def fit_members(
 
         grads, mean = jax.grad(objective, has_aux=True)(weights)
         updates, opt_state = optimizer.update(grads, opt_state, weights)
-        stepped = optax.apply_updates(weights, updates)
-        return select_members(active, stepped, weights), opt_state, total + mean
+        weights = select_members(active, optax.apply_updates(weights, updates), weights)
+        average = optax.incremental_update(weights, average, 1.0 - config.averaging)
+        return weights, average, opt_state, total + mean
 
     def held_out_error(weights: Params) -> Array:
         return error(weights, held_data, held_mask.astype(jnp.float32))
@@ -155,21 +160,22 @@ def fit_members(
         shuffle_key, key = jax.random.split(p.key)
         order = _shuffle(shuffle_key, members, count)
         active = p.stale < config.patience
-        weights, opt_state, total = jax.lax.fori_loop(
+        weights, average, opt_state, total = jax.lax.fori_loop(
             0,
             num_batches,
             lambda j, carry: train_step(j, carry, order, active),
-            (p.weights, p.opt_state, jnp.zeros(())),
+            (p.weights, p.average, p.opt_state, jnp.zeros(())),
         )
-        current = held_out_error(weights)
+        current = held_out_error(average)
         known = held_mask.any()
         better = active & (current < p.best_error - config.min_improvement)
         better = jnp.where(known, better, active)
         return Progress(
             p.epoch + 1,
             weights,
+            average,
             opt_state,
-            select_members(better, weights, p.best_weights),
+            select_members(better, average, p.best_weights),
             jnp.where(better, current, p.best_error),
             jnp.where(better, 0, p.stale + 1),
             total / jnp.maximum(num_batches, 1),
@@ -181,6 +187,7 @@ def fit_members(
 
     start = Progress(
         jnp.zeros((), jnp.int32),
+        weights,
         weights,
         opt_state,
         weights,
