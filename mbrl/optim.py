@@ -44,7 +44,7 @@ def clip_by_member_norm(max_norm: float) -> optax.GradientTransformation:
         # max_norm / max(norm, max_norm) is exactly 1 below the bound, and has no 0 / 0.
         factor = max_norm / jnp.maximum(norm, max_norm)
 
-        def scale(g):
+        def scale(g: Array) -> Array:
             return g * factor.reshape(-1, *(1,) * (g.ndim - 1)).astype(g.dtype)
 
         return jax.tree.map(scale, updates), state
