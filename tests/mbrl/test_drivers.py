@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from functools import partial
@@ -46,11 +47,7 @@ def host_of(mdp: Any, config: DriverConfig) -> list[Any]:
 
 
 def last(reports: Any) -> Report:
-    report = None
-    for report in reports:
-        pass
-    assert report is not None
-    return report
+    return collections.deque(reports, maxlen=1).pop()
 
 
 def assert_same(one: Learner, two: Learner, tolerance: float = 0.0) -> None:
@@ -134,7 +131,9 @@ def test_float_settings_are_mapped_over_seeds_in_one_trace():
 
 
 def compiled(caplog: Any) -> list[str]:
-    found = [re.match(r"Finished XLA compilation of jit\((\w+)\)", r.message) for r in caplog.records]
+    found = [
+        re.match(r"Finished XLA compilation of jit\((\w+)\)", r.message) for r in caplog.records
+    ]
     return [match[1] for match in found if match]
 
 

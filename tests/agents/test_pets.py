@@ -1,0 +1,273 @@
+"""PETS learns from any network, space and stream, and never from what is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from agents.pets import PETSConfig, make_pets
+from mbrl import replay, spaces
+from mbrl.networks.core import from_haiku, from_nnx
+from mbrl.planning import PlannerConfig
+from mbrl.types import Agent, Batch, Box, Discrete, EnvSpec, Network, Record
+
+ROWS = 40
+TINY = PETSConfig(
+    members=2, elites=2, hidden=(8,), batch_size=8, max_epochs=2, capacity=ROWS, holdout=0.2,
+    planner=PlannerConfig(horizon=3, population=8, iterations=2, particles=2, elites=2),
+)  # fmt: skip
+PLANE = spaces.box(-np.inf, np.inf, (2,))
+PUSH = EnvSpec("push", PLANE, spaces.box(-1.0, 3.0, (1,)), 10)
+
+
+def batch_of(spec: EnvSpec, terminals: bool = False, obs: Any = None) -> Batch:
+    """One environment, episodes of ten records: x' = x + a, reward = -|x'|."""
+    rng = np.random.default_rng(0)
+    t = np.arange(ROWS) % 10
+    action = spaces.sample(spec.action, jax.random.key(0), (ROWS,))
+    if obs is None:
+        x = rng.normal(size=(ROWS, 2)).astype(np.float32)
+        push = np.asarray(action, np.float32).reshape(ROWS, -1)[:, :1]
+        for i in range(1, ROWS):
+            x[i] = np.where(t[i] == 0, x[i], x[i - 1] + 0.1 * push[i - 1])
+        obs = x
+        reward = -np.abs(x[:, 0])
+    else:
+        reward = rng.normal(size=ROWS)
+    last = t == 9
+    record = Record(
+        obs, action, reward.astype(np.float32) * (t > 0), t == 0, last, last & terminals
+    )  # fmt: skip
+    record = jax.tree.map(lambda x: jnp.asarray(x)[None], record)
+    return Batch(record, jnp.asarray(~last & (np.arange(ROWS) < ROWS - 1))[None])
+
+
+def trained(agent: Agent, batch: Batch) -> tuple[Any, Any, dict[str, float]]:
+    before = agent.init(jax.random.key(1))
+    after, metrics, feedback = jax.jit(agent.update)(before, batch, jax.random.key(2))
+    assert feedback is None
+    return before, after, {name: float(value) for name, value in metrics.items()}
+
+
+@functools.cache
+def pushed() -> tuple[Agent, Any]:
+    agent = make_pets(PUSH, TINY)
+    return agent, trained(agent, batch_of(PUSH))[1]
+
+
+@functools.cache
+def actor(mode: str) -> Any:
+    agent, state = pushed()
+    return jax.jit(lambda *x: agent.act(state, *x, mode)[:2])
+
+
+def distance(one: Any, two: Any) -> float:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return max(float(jnp.max(jnp.abs(jnp.subtract(1.0 * a, 1.0 * b)))) for a, b in pairs)
+
+
+class LinenNet(nn.Module):
+    out: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.out)(nn.tanh(nn.Dense(8)(x)))
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, size: int, out: int, rngs: nnx.Rngs) -> None:
+        self.hidden = nnx.Linear(size, 8, rngs=rngs)
+        self.head = nnx.Linear(8, out, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.tanh(self.hidden(x)))
+
+
+def linen(out: int) -> Network:
+    module: Any = LinenNet(out)
+    return Network(module.init, module.apply)
+
+
+def haiku(out: int) -> Network:
+    return from_haiku(lambda x: hk.Linear(out)(jnp.tanh(hk.Linear(8)(x))))
+
+
+def nnx_network(out: int) -> Network:
+    # The terminal head (one output) sees the observation only, the other one actions too.
+    size = 2 if out == 1 else 3
+    return from_nnx(lambda rngs: NNXNet(size, out, rngs))
+
+
+def raw(out: int) -> Network:
+    def init(key, x):
+        return {"matrix": jax.random.normal(key, (x.shape[-1], out)), "shift": jnp.zeros(out)}
+
+    return Network(init, lambda params, x: jnp.tanh(x) @ params["matrix"] + params["shift"])
+
+
+@pytest.mark.parametrize("network", [linen, haiku, nnx_network, raw])
+def test_trains_with_any_kind_of_network(network):
+    agent = make_pets(PUSH, TINY, network=network)
+    before, after, metrics = trained(agent, batch_of(PUSH))
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["model/skipped_updates"] == 0.0
+    moved = [
+        distance(one, two)
+        for one, two in zip(
+            jax.tree.leaves(before.model.weights.network),
+            jax.tree.leaves(after.model.weights.network),
+            strict=True,
+        )
+    ]
+    assert min(moved) > 1e-4, "a part of the network does not learn"
+    obs, first = jnp.zeros((1, 2)), jnp.ones(1, bool)
+    action = agent.act(after, agent.begin(1), obs, first, jax.random.key(3), "greedy")[0]
+    assert action.shape == (1, 1)
+    assert -1.0 <= float(action[0, 0]) <= 3.0
+
+
+def test_truncation_is_not_termination():
+    agent, state = pushed()
+    assert bool(batch_of(PUSH).record.is_last.any())
+    assert not bool(state.model.terminates)
+    ended = trained(agent, batch_of(PUSH, terminals=True))[1]
+    assert bool(ended.model.terminates)
+
+
+def test_final_and_missing_records_are_no_data():
+    # 40 records in 4 episodes hold 36 transitions, the last one without a successor included.
+    metrics = trained(pushed()[0], batch_of(PUSH))[2]
+    assert metrics["model/transitions"] == 36.0
+
+
+def poisoned(batch: Batch, row: int) -> Batch:
+    reward = batch.record.reward.at[0, row].set(jnp.nan)
+    return batch._replace(record=batch.record._replace(reward=reward))
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight_and_is_counted():
+    agent, _ = pushed()
+    # Row 5 is the successor of a transition in the middle of an episode.
+    before, after, metrics = trained(agent, poisoned(batch_of(PUSH), 5))
+    assert distance(before.model.weights, after.model.weights) == 0.0
+    assert metrics["model/skipped_updates"] > 0
+    assert metrics["model/skipped_in_a_row"] == metrics["model/skipped_updates"]
+    assert distance(before.opt_state.inner, after.opt_state.inner) == 0.0
+    good, metrics = jax.jit(agent.update)(after, batch_of(PUSH), jax.random.key(4))[:2]
+    assert float(metrics["model/skipped_in_a_row"]) == 0.0
+    assert float(metrics["model/skipped_updates"]) > 0
+    assert distance(good.model.weights, after.model.weights) > 1e-4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good.model))
+
+
+def test_a_bad_number_outside_of_all_transitions_does_no_harm():
+    # The reward of a first record belongs to no transition.
+    agent, state = pushed()
+    same = trained(agent, poisoned(batch_of(PUSH), 10))[1]
+    assert distance(same.model, state.model) == 0.0
+
+
+def test_actions_stay_inside_asymmetric_bounds_and_use_both_ends():
+    agent, _ = pushed()
+    obs = jnp.asarray(np.random.default_rng(1).uniform(-3, 3, (64, 2)), jnp.float32)
+    first = jnp.ones(64, bool)
+    for mode, spread in (("random", 3.0), ("explore", 1.0), ("greedy", 1.0)):
+        action, _ = actor(mode)(agent.begin(64), obs, first, jax.random.key(5))
+        assert action.shape == (64, 1)
+        assert float(action.min()) >= -1.0
+        assert float(action.max()) <= 3.0
+        assert float(action.max() - action.min()) > spread, mode
+
+
+def test_an_episode_begins_without_the_plan_of_the_last_one():
+    agent, _ = pushed()
+    act, key = actor("explore"), jax.random.key(6)
+    obs = jnp.array([[0.5, -0.5], [0.5, -0.5]])
+    fresh = agent.begin(2)
+    _, used = act(fresh, obs, jnp.zeros(2, bool), jax.random.key(7))
+    assert distance(used, fresh) > 1e-3, "the planner keeps nothing: this test sees nothing"
+    with_old, _ = act(used, obs, jnp.ones(2, bool), key)
+    with_fresh, _ = act(fresh, obs, jnp.ones(2, bool), key)
+    assert np.array_equal(with_old, with_fresh)
+    warm, _ = act(used, obs, jnp.zeros(2, bool), key)
+    assert not np.array_equal(warm, with_fresh)
+    one, _ = act(used, obs, jnp.array([True, False]), key)
+    assert np.array_equal(one[0], with_fresh[0])
+    assert np.array_equal(one[1], warm[1])
+
+
+def test_dict_and_discrete_observations_with_discrete_actions():
+    space = {"place": Discrete(4), "speed": spaces.box(-1.0, 1.0, (2,))}
+    spec = EnvSpec("mixed", space, Discrete(3), 10)
+    rng = np.random.default_rng(2)
+    obs = {
+        "place": rng.integers(0, 4, ROWS).astype(np.int32),
+        "speed": rng.uniform(-1, 1, (ROWS, 2)).astype(np.float32),
+    }
+    agent = make_pets(spec, dataclasses.replace(TINY, targets="absolute"))
+    before, after, metrics = trained(agent, batch_of(spec, obs=obs))
+    assert np.isfinite(metrics["model/loss"])
+    assert distance(before.model.weights, after.model.weights) > 1e-4
+    now = jax.tree.map(lambda x: jnp.asarray(x[:16]), obs)
+    act = jax.jit(functools.partial(agent.act, mode="greedy"))
+    action = act(after, agent.begin(16), now, jnp.ones(16, bool), jax.random.key(8))[0]
+    assert (action.shape, action.dtype) == ((16,), jnp.int32)
+    assert set(np.asarray(action).tolist()) <= {0, 1, 2}
+
+
+def test_elites_are_the_members_with_the_smallest_error():
+    agent = make_pets(PUSH, dataclasses.replace(TINY, members=3, elites=1))
+    batch = batch_of(PUSH)
+    before = agent.init(jax.random.key(1))
+
+    def spoil(leaf):  # members 0 and 1 start far from any answer, and two epochs are short
+        return leaf.at[:2].add(30.0) if leaf.ndim > 1 else leaf
+
+    network = jax.tree.map(spoil, before.model.weights.network)
+    weights = before.model.weights._replace(network=network)
+    before = before._replace(model=before.model._replace(weights=weights))
+    after = jax.jit(agent.update)(before, batch, jax.random.key(2))[0]
+    assert after.model.elites.tolist() == [2]
+
+
+def test_refuses_images():
+    image = Box((64, 64, 3), np.zeros((64, 64, 3)), np.full((64, 64, 3), 255), np.dtype(np.uint8))
+    spec = PUSH._replace(observation={"camera": image, "speed": PLANE})
+    with pytest.raises(ValueError, match=r"camera.*image of shape \(64, 64, 3\)"):
+        make_pets(spec, TINY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"elites": 3}, "elites"),
+        ({"elites": 0}, "elites"),
+        ({"holdout": 1.0}, r"ratio.*\[0, 1\)"),
+    ],
+)
+def test_refuses_impossible_settings(change, message):
+    agent_of = functools.partial(make_pets, PUSH)
+    with pytest.raises(ValueError, match=message):
+        agent = agent_of(dataclasses.replace(TINY, **change))
+        trained(agent, batch_of(PUSH))
+
+
+def test_refuses_actions_without_bounds():
+    with pytest.raises(ValueError, match="bound"):
+        agent = make_pets(PUSH._replace(action=spaces.box(-np.inf, np.inf, (1,))), TINY)
+        agent.begin(1)
+
+
+def test_samples_the_whole_replay():
+    spec = pushed()[0].sampling
+    assert (spec.kind, spec.capacity) == ("all", ROWS)
+    assert replay.holdout_mask((1, ROWS), TINY.holdout).sum() > 0

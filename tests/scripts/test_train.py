@@ -1,0 +1,215 @@
+"""`mbrl train` and `mbrl evaluate`, called in this process on a few steps of a real task."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mbrl.training import checkpoint
+from mbrl.training.metrics import read
+from scripts import runs, train
+from scripts.cli import main
+
+TINY = [
+    "--members", "2", "--elites", "2", "--hidden", "8", "--batch-size", "8", "--max-epochs", "1",
+    "--random-steps", "20", "--train-every", "20", "--capacity", "100",
+    "--planner.horizon", "3", "--planner.population", "8", "--planner.iterations", "2",
+    "--planner.particles", "2", "--planner.elites", "2",
+]  # fmt: skip
+RUN = ["--env", "CartPole-v1", "--steps", "60", "--seed", "3", "--log-every", "20",
+       "--save-every", "20", "--eval-episodes", "3", *TINY]  # fmt: skip
+
+
+def call(*argv: str) -> int:
+    """Return the exit code, also when the command line itself was wrong."""
+    try:
+        return main(list(argv))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "cartpole"
+    assert call("train", "pets", *RUN, "--out", str(out)) == 0
+    return out
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def evaluation(out: Path) -> dict[str, Any]:
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def evaluate(capsys: Any, *argv: str) -> dict[str, Any]:
+    """Return the one object on stdout; anything else there fails."""
+    capsys.readouterr()
+    assert call("evaluate", *argv, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_writes_its_settings_metrics_saves_and_evaluation(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["agent"], config["env"], config["seeds"]) == ("pets", "CartPole-v1", [3])
+    assert (config["steps"], config["num_envs"], config["save_every"]) == (60, 1, 20)
+    assert config["config"]["members"] == 2
+    assert config["config"]["planner"]["population"] == 8
+    assert config["config"]["planner"]["noise_beta"] == 0.5  # the preset of CartPole-v1
+    assert "jax" in config["versions"]
+    lines = read(finished)
+    losses = [line["step"] for line in lines if "model/loss" in line]
+    assert losses == [20, 40, 60]
+    assert all("episode_return" in line for line in lines if "episode_length" in line)
+    returns = evaluation(finished)["seeds"]["3"]["returns"]
+    assert len(returns) == 3
+    assert all(r == int(r) and 1 <= r <= 500 for r in returns)
+    saves = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert saves == ["step_000000040", "step_000000060"]
+    assert not (finished / "run.lock").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(copy, capsys):
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and "events" not in p.name}
+    assert call("train", "pets", *RUN, "--out", str(copy)) == 0
+    text = capsys.readouterr().err
+    assert "step 60 of 60" in text
+    assert "is finished" in text
+    after = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and "events" not in p.name}
+    assert before == after
+
+
+def test_an_evaluation_that_was_lost_is_made_again(copy):
+    old = evaluation(copy)
+    (copy / "evaluation.json").unlink()
+    assert call("train", "pets", *RUN, "--out", str(copy)) == 0
+    assert evaluation(copy)["seeds"] == old["seeds"]
+
+
+def test_more_steps_go_on_from_the_end(copy, finished, tmp_path, capsys):
+    longer = [*RUN[:3], "90", *RUN[4:]]
+    assert call("train", "pets", *longer, "--out", str(copy)) == 2
+    assert "steps: 60 -> 90" in capsys.readouterr().err
+    assert call("train", "pets", *longer, "--out", str(copy), "--override-config") == 0
+    other = tmp_path / "whole"
+    assert call("train", "pets", *longer, "--out", str(other)) == 0
+    assert final_digest(copy) == final_digest(other)
+    assert evaluation(copy)["seeds"] == evaluation(other)["seeds"]
+    assert [line["step"] for line in read(copy) if "model/loss" in line] == [20, 40, 60, 80]
+
+
+def final_digest(out: Path) -> str:
+    restored = runs.restore(runs.load(out), out)
+    assert restored is not None
+    return checkpoint.digest(restored.tree)
+
+
+def test_evaluate_prints_one_json_object(finished, capsys):
+    result = evaluate(capsys, str(finished), "--episodes", "4", "--seed", "7")
+    assert result["episodes"] == len(result["returns"]) == 4
+    assert (result["env"], result["step"], result["agent"]) == ("CartPole-v1", 60, "pets")
+    assert result["return_mean"] == pytest.approx(np.mean(result["returns"]))
+    assert result["return_std"] == pytest.approx(np.std(result["returns"]))
+    assert min(result["returns"]) <= result["return_iqm"] <= max(result["returns"])
+    assert result["seeds"]["3"]["returns"] == result["returns"]
+
+
+def test_evaluate_restores_everything_that_acts(finished, capsys):
+    # Weights, normalization and elites: else these would not be the returns at the end.
+    seed = str(3 + runs.EVALUATION_SEED)
+    result = evaluate(capsys, str(finished), "--episodes", "3", "--seed", seed)
+    assert result["returns"] == evaluation(finished)["seeds"]["3"]["returns"]
+    other = evaluate(capsys, str(finished), "--episodes", "3", "--seed", "1")
+    assert other["returns"] != result["returns"]
+
+
+def test_evaluate_as_text(finished, capsys):
+    assert call("evaluate", str(finished), "--episodes", "1") == 0
+    text = capsys.readouterr().out
+    assert "pets on CartPole-v1 after 60 steps" in text
+    assert "seed 3: mean" in text
+
+
+def test_evaluate_on_another_environment(finished, capsys):
+    result = evaluate(capsys, str(finished), "--episodes", "1", "--env", "CartPole-v0")
+    assert result["env"] == "CartPole-v0"
+    assert call("evaluate", str(finished), "--env", "Pendulum-v1", "--json") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "--env Pendulum-v1: its observation space" in captured.err
+    assert "same spaces" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lerning-rate", "1"], ["unknown flag --lerning-rate", "mean --learning-rate", "--env"]),
+        (["--planner.horizn", "1"], ["mean --planner.horizon", "--members"]),
+        (["--members", "two"], ["--members"]),
+    ],
+)
+def test_a_command_line_that_is_wrong_exits_with_2(argv, words, capsys, tmp_path):
+    assert call("train", "pets", "--out", str(tmp_path / "x"), *argv) == 2
+    text = "".join(capsys.readouterr())
+    assert all(word in text for word in words), text
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--env", "Pendulm-v1"], ["unknown environment 'Pendulm-v1'", "'Pendulum-v1'"]),
+        (["--env", "device/Pendulom"], ["device/Pendulum"]),
+        (["--num-seeds", "0"], ["--num-seeds: expected at least 1, got 0"]),
+        (["--num-envs", "0"], ["num_envs", "got 0"]),
+        (["--steps", "0"], ["steps must be at least 1, got 0"]),
+        (["--planner.horizon", "0"], ["planner.horizon must be at least 1, got 0"]),
+        (["--elites", "9"], ["elites", "9"]),
+        (["--planner.elites", "900"], ["planner.elites", "900"]),
+        # F15: sizes are checked before anything is allocated.
+        (["--capacity", str(10**14)], ["replay needs", "TiB", "--capacity"]),
+    ],
+)
+@pytest.mark.fault
+def test_settings_that_cannot_work_are_refused_before_the_run_begins(argv, words, capsys, tmp_path):
+    assert call("train", "pets", "--out", str(tmp_path / "x"), *argv) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    assert all(word in text for word in words), text
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unknown_agent_is_refused_with_the_known_ones(capsys):
+    assert call("train", "pest", "--env", "CartPole-v1") == 2
+    assert "got 'pest', agents: pets" in capsys.readouterr().err
+    assert call("train") == 2
+
+
+def test_evaluate_without_a_run(tmp_path, capsys):
+    assert call("evaluate", str(tmp_path)) == 2
+    assert "found no config.json" in capsys.readouterr().err
+
+
+def test_evaluate_before_the_first_save(copy, capsys):
+    shutil.rmtree(copy / "checkpoints")
+    assert call("evaluate", str(copy)) == 2
+    assert "there is no save to evaluate" in capsys.readouterr().err
+
+
+def test_settings_come_back_from_json():
+    config = dataclasses.replace(
+        train.settings("pets", RUN)[1], hidden=(4, 5), dtype="bfloat16", penalty=0.5
+    )
+    text = json.dumps(runs.to_json(config))
+    assert runs.from_json(type(config), json.loads(text)) == config
+    with pytest.raises(ValueError, match=r"\['members'\] are missing or unknown"):
+        runs.from_json(type(config), {k: v for k, v in json.loads(text).items() if k != "members"})
