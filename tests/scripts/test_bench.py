@@ -1,0 +1,99 @@
+"""The speed benchmark counts what it says and reports everything that it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mbrl import spaces
+from mbrl.planning import PlannerConfig
+from mbrl.types import MDP, Array, EnvSpec, Outcome
+from scripts import bench
+
+FAST = ("planning", "preset", "batch", "epoch")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("bench") / "new" / "planning.json"
+    argv = ["planning", "--quick", "--repeats", "2", "--out", str(file), "--parts", *FAST]
+    assert bench.main(argv) == 0
+    return json.loads(file.read_text("utf-8"))
+
+
+def test_work_is_counted_from_the_layer_sizes() -> None:
+    # 4 + 1 inputs, four layers of 200, mean and log-variance of 4 changes and a reward.
+    macs = 5 * 200 + 3 * 200 * 200 + 200 * 10
+    assert bench.network_flop(4, 1, (200,) * 4) == 2 * macs == 246_000
+    sizes = bench.Sizes()
+    assert sizes.small.evaluations() == 500 * 15 * 5 * 20
+    # The published sizes of the two cases, in GFLOP.
+    assert round(246_000 * sizes.small.evaluations() / 1e9, 1) == 184.5
+    work = bench.network_flop(17, 6, (200,) * 4) * sizes.large.evaluations()
+    assert round(work / 1e9) == 316
+    assert sizes.small.elites * 10 == sizes.small.population
+    assert sizes.large.elites * 10 == sizes.large.population
+
+
+def test_the_quick_run_reports_every_part(result: dict[str, Any]) -> None:
+    head = {"benchmark", "quick", "command", "date", "commit", "versions", "hardware", "gemm",
+            "counted", "load_before", "load_after", "seconds"}  # fmt: skip
+    assert set(result) == head | set(FAST)
+    assert result["gemm"]["before_gflops"] > 0
+    assert result["gemm"]["after_gflops"] > 0
+    assert result["hardware"]["cpu"]
+    assert "jax" in result["versions"]
+    assert set(result["planning"]) == {"a_float32", "a_bfloat16", "b_float32", "b_bfloat16"}
+    assert [case["batch"] for case in result["batch"]] == [1]
+
+
+def test_rates_follow_from_work_and_time(result: dict[str, Any]) -> None:
+    for case in [*result["planning"].values(), result["preset"]]:
+        assert case["min_seconds"] <= case["median_seconds"]
+        assert case["gflops"] == pytest.approx(case["gflop"] / case["median_seconds"])
+        around = (case["gemm_before_gflops"] + case["gemm_after_gflops"]) / 2
+        assert case["share_of_gemm"] == pytest.approx(case["gflops"] / around)
+        assert case["traces"] == 1
+        assert case["evaluations"] == 10 * 2 * 5
+    for size in result["batch"]:
+        assert size["ratio"] == pytest.approx(
+            size["one_call_seconds"] / size["single_calls_seconds"]
+        )
+    assert result["epoch"]["held_out"] * 10 == result["epoch"]["transitions"] == 200
+    assert result["epoch"]["median_cpu_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_several_seeds_are_compared_with_one() -> None:
+    found = bench.seeds(bench.quick_sizes())
+    assert set(found) == {"tiny", "default"}
+    for case in found.values():
+        assert 0 < case["one"]["warm_seconds"] < case["one"]["total_seconds"]
+        several, one = case["several"]["warm_seconds"], case["one"]["warm_seconds"]
+        assert case["ratio"] == pytest.approx(several / one)
+
+
+def test_traces_are_counted() -> None:
+    spec = EnvSpec("still", spaces.box(-1.0, 1.0, (1,)), spaces.box(-1.0, 1.0, (1,)))
+
+    def step(params: Any, key: Any, state: Array, action: Array) -> tuple[Array, Outcome]:
+        return state, Outcome(action[:, 0], jnp.ones(state.shape[0]), None)
+
+    mdp = MDP(lambda params, key, obs=None, batch=1: obs, step, lambda p, s: s, spec)
+    config = PlannerConfig(method="cem", population=4, elites=2, iterations=1, horizon=2)
+    act, init, traces = bench.act_function(mdp, config)
+    for batch, expected in ((1, 1), (1, 1), (2, 2), (1, 2)):
+        act(None, jax.random.key(0), jnp.zeros((batch, 1)), init(batch))
+        assert traces[0] == expected
+
+
+def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--parts.*epoch.*got plannin"):
+        bench.main(["planning", "--parts", "plannin"])
+    with pytest.raises(ValueError, match="at least 1"):
+        bench.main(["planning", "--repeats", "0"])
