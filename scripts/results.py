@@ -1,0 +1,302 @@
+"""Turn finished runs and speed measurements into the result lines of the benchmark page.
+
+  python scripts/results.py collect RUN... --out docs/results/pets.jsonl
+  python scripts/results.py bench FILE.json --out docs/results/planning.jsonl
+
+Lines of the same benchmark, task, agent, setting, steps and metric are replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # run as a file: imports start at the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tyro
+
+from agents.presets import preset
+from mbrl.training import run_directory
+from scripts import runs
+from scripts.cli import parse, run
+
+Row = dict[str, Any]
+IDENTITY = ("benchmark", "task", "agent", "setting", "steps", "metric")
+
+
+class Target(NamedTuple):
+    """What a return should reach: its median over seeds, or that of every seed."""
+
+    bound: float
+    every_seed: bool = False
+
+
+TARGETS = {
+    ("pets", "Pendulum-v1", 1_000): Target(-250.0),
+    ("pets", "Pendulum-v1", 2_000): Target(-180.0),
+    ("pets", "device/CartPoleSwingUp", 2_000): Target(170.0),
+    ("pets", "InvertedPendulum-v5", 2_500): Target(1_000.0, every_seed=True),
+    ("pets", "InvertedPendulum-v5", 10_000): Target(1_000.0, every_seed=True),
+    ("pets", "CartPole-v1", 3_000): Target(475.0, every_seed=True),
+    ("pets", "Reacher-v5", 5_000): Target(-6.0),
+}
+"""By agent, environment and steps per seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """Turn finished runs into result lines; runs that differ only in the seed become one."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs."""
+    out: str
+    """JSON-lines file; lines of other results in it stay."""
+    note: str = ""
+    """Remark on every line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedConfig:
+    """Turn what `mbrl bench` has measured into result lines."""
+
+    file: tyro.conf.Positional[str]
+    """JSON of `mbrl bench planning`."""
+    out: str
+    """JSON-lines file; lines of other results in it stay."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the job."""
+    if not argv or argv[0] not in ("collect", "bench"):
+        raise ValueError("usage: results.py collect RUN... --out FILE, or bench FILE --out FILE")
+    if argv[0] == "collect":
+        config = parse(CollectConfig, argv[1:], "results.py collect")
+        rows = collect([Path(folder) for folder in config.runs], config.note)
+    else:
+        config = parse(SpeedConfig, argv[1:], "results.py bench")
+        rows = speed(json.loads(Path(config.file).read_text("utf-8")))
+    write(Path(config.out), rows)
+    print(f"wrote {len(rows)} lines to {config.out}")
+    return 0
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to a result file, in place of those with the same identity."""
+
+    def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in IDENTITY)
+
+    old = path.read_text("utf-8").splitlines() if path.exists() else []
+    merged = {identity(row): row for row in map(json.loads, filter(str.strip, old))}
+    merged |= {identity(row): row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in merged.values()]
+    path.write_text("".join(lines), "utf-8")
+
+
+def collect(folders: Sequence[Path], note: str = "") -> list[Row]:
+    """Turn runs into result lines: the median over seeds of the mean greedy return.
+
+    Raises:
+      ValueError: for a folder without a run, when none of those that belong together is
+        finished, or when they come from different commits.
+    """
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for folder in folders:
+        saved = run_directory.read_config(folder)
+        if saved is None:
+            raise ValueError(f"{folder}: expected the folder of a run, found no config.json")
+        same = {k: saved[k] for k in ("agent", "env", "config", "steps", "num_envs", "on_bad")}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append((folder, saved))
+    return [row for group in groups.values() for row in _rows_of(group, note)]
+
+
+def _rows_of(group: Sequence[tuple[Path, dict[str, Any]]], note: str) -> list[Row]:
+    saved = group[0][1]
+    done = [(f, s) for f, s in group if (f / "evaluation.json").exists()]
+    if not done:
+        raise ValueError(f"{group[0][0]}: there is no evaluation.json; finish the run first")
+    commits = {s["versions"].get("commit", "unknown") for _, s in done}
+    if len(commits) > 1:
+        raise ValueError(f"{group[0][0]}: the runs are of several commits: {sorted(commits)}")
+    results = [json.loads((folder / "evaluation.json").read_text("utf-8")) for folder, _ in done]
+    values = [s["return_mean"] for result in results for s in result["seeds"].values()]
+    if any(result["step"] != saved["steps"] for result in results):
+        raise ValueError(f"{group[0][0]}: evaluated after {results[0]['step']} steps, before the "
+                         f"end of the run at {saved['steps']}; finish it first")  # fmt: skip
+    if len(done) < len(group):
+        note = f"{len(done)} of {len(group)} runs are finished. {note}".strip()
+    row = {
+        "benchmark": saved["agent"].upper(),
+        "task": saved["env"],
+        "agent": saved["agent"],
+        "setting": shlex.join(changed_flags(saved)).replace("--", ""),
+        "steps": saved["steps"] * saved["num_envs"],
+        "seeds": len(values),
+        "values": values,
+        "command": command([s for _, s in done]),
+        **_origin(saved["versions"]),
+        "commit": commits.pop(),
+        "date": _date(max((folder / "evaluation.json").stat().st_mtime for folder, _ in done)),
+        "note": note,
+    }
+    target = TARGETS.get((saved["agent"], saved["env"], row["steps"]))
+    median = row | {"metric": "return, median seed", "value": statistics.median(values)}
+    if target is None:
+        return [median]
+    bound = f">= {target.bound:g}"
+    if not target.every_seed:
+        return [median | {"target": bound}]
+    return [median, row | {"metric": "return, worst seed", "value": min(values), "target": bound}]
+
+
+def changed_flags(saved: Mapping[str, Any]) -> list[str]:
+    """List the flags by which a run differs from the preset of its environment."""
+    default = runs.to_json(preset(saved["agent"], saved["env"]))
+    flags = list(_differences(saved["config"], default))
+    if saved["num_envs"] != 1:
+        flags += ["--num-envs", str(saved["num_envs"])]
+    if saved["on_bad"] != "raise":
+        flags += ["--on-bad", saved["on_bad"]]
+    return flags
+
+
+def _differences(now: Mapping[str, Any], default: Mapping[str, Any], prefix: str = "") -> Any:
+    for name, value in now.items():
+        flag = name.replace("_", "-")
+        if name in default and value == default[name]:
+            continue
+        if isinstance(value, dict):
+            yield from _differences(value, default.get(name) or {}, f"{prefix}{flag}.")
+        elif isinstance(value, bool):
+            yield f"--{prefix}{flag if value else 'no-' + flag}"
+        else:
+            yield f"--{prefix}{flag}"
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def command(configs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the line that makes runs which differ in their seeds."""
+    words = []
+    for saved in configs:
+        seeds = saved["seeds"]
+        line = ["mbrl", "train", saved["agent"], "--env", saved["env"]]
+        line += ["--steps", str(saved["steps"])]
+        line += ["--seed", str(seeds[0])] if seeds[0] else []
+        line += ["--num-seeds", str(len(seeds))] if len(seeds) > 1 else []
+        if saved["eval_episodes"] != 20:
+            line += ["--eval-episodes", str(saved["eval_episodes"])]
+        if saved["log_every"] != max(1, saved["steps"] // 50):
+            line += ["--log-every", str(saved["log_every"])]
+        words.append(shlex.join([*line, *changed_flags(saved)]))
+    return " && ".join(words)
+
+
+def _origin(versions: Mapping[str, str]) -> Row:
+    """Split the versions of a run into those of packages and the machine."""
+    packages = dict(versions)
+    packages.pop("commit", None)
+    cpu, accelerator = packages.pop("cpu", "unknown"), packages.pop("accelerator", None)
+    # The run does not say how many cores it had; this machine may be the same.
+    cores = f", {os.cpu_count()} cores" if cpu == run_directory.versions()["cpu"] else ""
+    return {"versions": packages, "hardware": accelerator or f"{cpu}{cores}"}
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(seconds))
+
+
+def speed(measured: Mapping[str, Any]) -> list[Row]:
+    """Turn the JSON of `mbrl bench planning` into result lines.
+
+    Raises:
+      ValueError: for a run with `--quick`, whose figures mean nothing.
+    """
+    if measured.get("quick", True):
+        raise ValueError("bench: got a run with --quick, expected one without")
+    machine = measured["hardware"]
+    gemm = measured["gemm"]
+    rates = f"{gemm['before_gflops']:.0f} and {gemm['after_gflops']:.0f}"
+    common = {
+        "benchmark": "Speed",
+        "command": measured["command"],
+        "versions": measured["versions"],
+        "commit": measured["commit"],
+        "hardware": machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores",
+        "date": measured["date"],
+        "note": f"GEMM rate before and after: {rates} GFLOP/s; "
+        f"load of the machine at the start: {measured['load_before'][0]:.1f}.",
+    }
+    parts = {
+        "planning": _planning, "preset": _preset, "batch": _batch, "epoch": _epoch, "seeds": _seeds
+    }  # fmt: skip
+    rows = [
+        {"task": task, "setting": setting, "metric": metric, "value": value, "target": target}
+        for part, lines in parts.items()
+        if part in measured
+        for task, setting, metric, value, target in lines(measured[part])
+        if math.isfinite(value)
+    ]
+    return [common | row for row in rows]
+
+
+Line = tuple[str, str, str, float, str | None]
+"""Task, setting, metric, value and target."""
+
+
+def _planning(cases: Mapping[str, Any]) -> Iterable[Line]:
+    for case in cases.values():
+        task = f"PETS-CEM act(), obs {case['obs']}, action {case['act']}"
+        setting = f"{case['population']} plans, horizon {case['horizon']}, {case['dtype']}"
+        plain = case["dtype"] == "float32"
+        yield task, setting, "seconds", case["median_seconds"], None
+        yield task, setting, "GFLOP/s", case["gflops"], None
+        share = ">= 0.7" if plain else None
+        yield task, setting, "share of the f32 GEMM rate", case["share_of_gemm"], share
+        if not plain:
+            yield task, setting, "times faster than f32", case["speedup_over_float32"], ">= 1.75"
+        yield task, setting, "traces", case["traces"], "<= 3"
+
+
+def _preset(case: Mapping[str, Any]) -> Iterable[Line]:
+    task, setting = "default PETS act()", f"{case['evaluations']:,} model evaluations"
+    yield task, setting, "seconds", case["median_seconds"], "<= 0.12"
+    fewer = case["fewer_evaluations_than_pets"]
+    yield task, setting, "times fewer evaluations than PETS-CEM", fewer, ">= 10"
+
+
+def _batch(cases: Iterable[Mapping[str, Any]]) -> Iterable[Line]:
+    for case in cases:
+        size = case["batch"]
+        setting = f"B = {size}"
+        target = "<= 1" if size > 1 else None
+        yield "B starts in one act()", setting, "time relative to B calls", case["ratio"], target
+
+
+def _epoch(case: Mapping[str, Any]) -> Iterable[Line]:
+    task = f"one ensemble epoch, {case['transitions']:,} transitions"
+    setting = f"{case['members']} x {'-'.join(map(str, case['hidden']))}"
+    yield task, setting, "CPU seconds", case["median_cpu_seconds"], "<= 0.5"
+    yield task, setting, "seconds", case["median_seconds"], None
+
+
+def _seeds(cases: Mapping[str, Any]) -> Iterable[Line]:
+    for name, case in cases.items():
+        # The target holds where planning leaves the machine idle; the default may not.
+        target = "<= 3" if name == "tiny" else None
+        task = f"{case['seeds']} seeds in one program"
+        yield task, f"{name} settings", "time relative to one seed", case["ratio"], target
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
