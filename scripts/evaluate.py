@@ -42,9 +42,10 @@ def main(argv: list[str]) -> int:
     config = parse(EvaluateConfig, argv, "mbrl evaluate")
     if config.episodes < 1:
         raise ValueError(f"--episodes: expected at least 1, got {config.episodes}")
-    job = runs.load(Path(config.run), config.env)
     # The save was made with the training environment, whatever is played now.
-    restored = runs.restore(runs.load(Path(config.run)), Path(config.run))
+    trained = runs.load(Path(config.run))
+    job = trained if config.env is None else runs.load(Path(config.run), config.env)
+    restored = runs.restore(trained, Path(config.run))
     if restored is None:
         raise ValueError(f"{config.run}: there is no save to evaluate; train it first")
     frames: list[np.ndarray] = []
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
         if config.video and not (frames and now.is_first[0, 0]):
             frames.append(np.asarray(host_envs[0].render(0)))
 
-    state = runs.agent_state(runs.load(Path(config.run)), restored.tree)
+    state = runs.agent_state(trained, restored.tree)
     returns = runs.evaluate(job, state, config.episodes, config.seed, film, **options)
     result = summary(job, returns, restored.step)
     if config.video:

@@ -118,12 +118,44 @@ def test_seeds_in_one_program_are_the_runs_of_each_seed():
 
 def test_float_settings_are_mapped_over_seeds_in_one_trace():
     mdp = pendulum()
+    traces = []
+
+    def factory(hyper: Any) -> Any:
+        agent = linear_agent(mdp.spec, hyper)
+
+        def update(*args: Any) -> Any:
+            traces.append(hyper["learning_rate"].shape)
+            return agent.update(*args)
+
+        return agent._replace(update=update)
+
+    rates = jnp.array([1e-4, 1e-2, 1e-1])
+    config = DriverConfig(60, num_envs=2, seeds=(1, 1, 1), interval=20)
+    learner = last(run_device(factory, mdp, config, {"learning_rate": rates})).learner
+    # The warm-up, the cycles, and the shapes of the metrics of the cycles; for all rates.
+    assert traces == [()] * len(traces)
+    assert len(traces) <= 3
+    weights = np.asarray(learner.agent["w"])
+    # The seed is the same: only the settings tell the runs apart.
+    assert len({row.tobytes() for row in weights}) == 3
+    assert np.array_equal(learner.ring.record.obs[0][:, :10], learner.ring.record.obs[2][:, :10])
+    alone = last(
+        run_device(
+            linear(mdp), mdp, dataclasses.replace(config, seeds=(1,)),
+            {"learning_rate": rates[1:2]},
+        )
+    )  # fmt: skip
+    np.testing.assert_allclose(weights[1:2], alone.learner.agent["w"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_settings_of_pets_are_mapped_over_seeds():
+    mdp = pendulum()
     hyper = {"learning_rate": jnp.array([1e-4, 1e-2, 1e-2]), "penalty": jnp.array([0.0, 0.0, 50.0])}
     config = DriverConfig(44, num_envs=2, seeds=(1, 1, 1))
     learner = last(run_device(pets(mdp), mdp, config, hyper)).learner
     kernel = np.asarray(jax.tree.leaves(learner.agent.model.weights)[1])
     records = learner.ring.record
-    # The seed is the same: only the settings tell the runs apart.
     assert np.array_equal(records.obs[0][:, :10], records.obs[1][:, :10])
     assert not np.allclose(kernel[0], kernel[1], atol=1e-4)
     assert not np.array_equal(records.action[1], records.action[2])
