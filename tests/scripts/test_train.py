@@ -154,11 +154,14 @@ def test_evaluate_on_another_environment(finished, capsys):
         (["--lerning-rate", "1"], ["unknown flag --lerning-rate", "mean --learning-rate", "--env"]),
         (["--planner.horizn", "1"], ["mean --planner.horizon", "--members"]),
         (["--members", "two"], ["--members"]),
+        (["--planner.horizon", "0"], ["planner.horizon must be at least 1, got 0"]),
+        (["--planner.elites", "900"], ["planner.elites must not exceed", "got 900"]),
     ],
 )
 def test_a_command_line_that_is_wrong_exits_with_2(argv, words, capsys, tmp_path):
     assert call("train", "pets", "--out", str(tmp_path / "x"), *argv) == 2
-    text = "".join(capsys.readouterr())
+    # A message may stand in a frame.
+    text = " ".join(" ".join(capsys.readouterr()).replace("│", " ").split())
     assert all(word in text for word in words), text
     assert not (tmp_path / "x").exists()
 
@@ -171,9 +174,7 @@ def test_a_command_line_that_is_wrong_exits_with_2(argv, words, capsys, tmp_path
         (["--num-seeds", "0"], ["--num-seeds: expected at least 1, got 0"]),
         (["--num-envs", "0"], ["num_envs", "got 0"]),
         (["--steps", "0"], ["steps must be at least 1, got 0"]),
-        (["--planner.horizon", "0"], ["planner.horizon must be at least 1, got 0"]),
         (["--elites", "9"], ["elites", "9"]),
-        (["--planner.elites", "900"], ["planner.elites", "900"]),
         # F15: sizes are checked before anything is allocated.
         (["--capacity", str(10**14)], ["replay needs", "TiB", "--capacity"]),
     ],
