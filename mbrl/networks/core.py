@@ -184,20 +184,21 @@ def ensemble(network: Network, num_members: int) -> Network:
     if num_members < 1:
         raise ValueError(f"num_members: got {num_members}, expected at least 1")
 
-    def check(x: Array) -> None:
+    def check(x: Array, members: int) -> None:
         for leaf in jax.tree.leaves(x):
-            if leaf.ndim < 2 or leaf.shape[0] != num_members:
+            if leaf.ndim < 2 or leaf.shape[0] != members:
                 raise ValueError(
-                    f"x: got shape {leaf.shape}, expected [N={num_members}, B, ...]; give "
+                    f"x: got shape {leaf.shape}, expected [N={members}, B, ...]; give "
                     "every member the same batch with jnp.broadcast_to(x, (N, *x.shape))"
                 )
 
     def init(key: Key, x: Array) -> Params:
-        check(x)
+        check(x, num_members)
         return jax.vmap(network.init)(jax.random.split(key, num_members), x)
 
     def apply(params: Params, x: Array) -> Array:
-        check(x)
+        # The parameters say how many members there are: a selection of them will do.
+        check(x, jax.tree.leaves(params)[0].shape[0])
         return jax.vmap(network.apply)(params, x)
 
     return Network(init, apply)
