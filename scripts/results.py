@@ -141,7 +141,7 @@ def _rows_of(group: Sequence[tuple[Path, dict[str, Any]]], note: str) -> list[Ro
         "task": saved["env"],
         "agent": saved["agent"],
         "setting": shlex.join(changed_flags(saved)).replace("--", ""),
-        "steps": saved["steps"] * saved["num_envs"],
+        "steps": saved["steps"],
         "seeds": len(values),
         "values": values,
         "command": command([s for _, s in done]),

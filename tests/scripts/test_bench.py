@@ -13,7 +13,7 @@ import pytest
 from mbrl import spaces
 from mbrl.planning import PlannerConfig
 from mbrl.types import MDP, Array, EnvSpec, Outcome
-from scripts import bench
+from scripts import bench, results
 
 FAST = ("planning", "preset", "batch", "epoch")
 
@@ -66,6 +66,14 @@ def test_rates_follow_from_work_and_time(result: dict[str, Any]) -> None:
         )
     assert result["epoch"]["held_out"] * 10 == result["epoch"]["transitions"] == 200
     assert result["epoch"]["median_cpu_seconds"] > 0
+
+
+def test_the_result_lines_are_made_of_what_is_measured(result: dict[str, Any]) -> None:
+    rows = results.speed(result | {"quick": False})
+    found = {(row["setting"], row["metric"]): row["value"] for row in rows}
+    assert found["10 plans, horizon 2, float32", "GFLOP/s"] > 0
+    assert found["B = 1", "time relative to B calls"] == result["batch"][0]["ratio"]
+    assert found["5 x 8-8", "CPU seconds"] == result["epoch"]["median_cpu_seconds"]
 
 
 @pytest.mark.slow
