@@ -74,6 +74,60 @@ def _targets(target: Target | Sequence[Target], size: int) -> list[Target]:
     return targets
 
 
+class Codec(NamedTuple):
+    """How transitions become network inputs and targets, and predictions observations.
+
+    Attributes:
+      num_embedded: width of an embedded observation.
+      num_inputs: width of the network input.
+      num_targets: width of the targets, D + 1.
+      embed: `(flat [..., D]) -> [..., num_embedded]`.
+      features: `(flat, action) -> [..., num_inputs]`, raw.
+      regression: `(transition) -> (features, targets [..., D + 1])`, raw.
+      apply: `(flat, targets) -> (next flat, reward)`.
+    """
+
+    num_embedded: int
+    num_inputs: int
+    num_targets: int
+    embed: Callable[[Array], Array]
+    features: Callable[[Array, Array], Array]
+    regression: Callable[[Transition], tuple[Array, Array]]
+    apply: Callable[[Array, Array], tuple[Array, Array]]
+
+
+def transition_codec(spec: EnvSpec, targets: Target | Sequence[Target]) -> Codec:
+    """Build the conversions for the spaces of a task and the kinds of its dimensions."""
+    size = spaces.flat_size(spec.observation)
+    kinds = _targets(targets, size)
+    angle = jnp.array([k == "angle" for k in kinds])
+    relative = jnp.array([k != "absolute" for k in kinds])
+    angle_index = [i for i, k in enumerate(kinds) if k == "angle"]
+    num_embedded = size + len(angle_index)
+
+    def embed(flat: Array) -> Array:
+        # An angle enters as its sine in place, its cosine behind.
+        cosines = [jnp.cos(flat[..., i : i + 1]) for i in angle_index]
+        return jnp.concatenate([jnp.where(angle, jnp.sin(flat), flat), *cosines], -1)
+
+    def features(flat: Array, action: Array) -> Array:
+        return jnp.concatenate([embed(flat), spaces.encode_action(spec.action, action)], -1)
+
+    def regression(data: Transition) -> tuple[Array, Array]:
+        obs = spaces.flatten(spec.observation, data.obs)
+        delta = spaces.flatten(spec.observation, data.next_obs) - jnp.where(relative, obs, 0.0)
+        delta = jnp.where(angle, wrap_angle(delta), delta)
+        target = jnp.concatenate([delta, data.reward[..., None]], -1)
+        return features(obs, data.action), target
+
+    def apply(flat: Array, target: Array) -> tuple[Array, Array]:
+        change = target[..., :-1] + jnp.where(relative, flat, 0.0)
+        return jnp.where(angle, wrap_angle(change), change), target[..., -1]
+
+    num_inputs = num_embedded + spaces.flat_size(spec.action)
+    return Codec(num_embedded, num_inputs, size + 1, embed, features, regression, apply)
+
+
 def probabilistic_ensemble(
     spec: EnvSpec,
     num_members: int = 5,
@@ -105,54 +159,31 @@ def probabilistic_ensemble(
     Raises:
       ValueError: for `num_elites` outside 1..N or unknown `targets`.
     """
-    size = spaces.flat_size(spec.observation)
-    kinds = _targets(targets, size)
     num_elites = num_members if num_elites is None else num_elites
     if not 1 <= num_elites <= num_members:
         raise ValueError(f"num_elites: got {num_elites}, expected 1 to num_members = {num_members}")
-    angle = jnp.array([k == "angle" for k in kinds])
-    relative = jnp.array([k != "absolute" for k in kinds])
-    angle_index = [i for i, k in enumerate(kinds) if k == "angle"]
-    num_embedded = size + len(angle_index)
-    num_inputs = num_embedded + spaces.flat_size(spec.action)
-    num_targets = size + 1
+    codec = transition_codec(spec, targets)
     make = network or (lambda out: mlp(hidden, out, dtype=dtype))
-    net = ensemble(make(2 * num_targets), num_members)
+    net = ensemble(make(2 * codec.num_targets), num_members)
     terminal_net = ensemble(network(1) if network else mlp((64, 64), 1), num_members)
-
-    def embed(flat: Array) -> Array:
-        # An angle enters as its sine in place, its cosine behind.
-        cosines = [jnp.cos(flat[..., i : i + 1]) for i in angle_index]
-        return jnp.concatenate([jnp.where(angle, jnp.sin(flat), flat), *cosines], -1)
-
-    def features(flat: Array, action: Array) -> Array:
-        return jnp.concatenate([embed(flat), spaces.encode_action(spec.action, action)], -1)
-
-    def regression(data: Transition) -> tuple[Array, Array]:
-        """Return raw network inputs [..., F] and targets [..., D + 1] of transitions."""
-        obs = spaces.flatten(spec.observation, data.obs)
-        delta = spaces.flatten(spec.observation, data.next_obs) - jnp.where(relative, obs, 0.0)
-        delta = jnp.where(angle, wrap_angle(delta), delta)
-        target = jnp.concatenate([delta, data.reward[..., None]], -1)
-        return features(obs, data.action), target
 
     def init(key: Key) -> EnsembleState:
         def bounds(value: float) -> Array:
-            return jnp.full((num_members, 1, num_targets), value)
+            return jnp.full((num_members, 1, codec.num_targets), value)
 
         net_key, terminal_key = jax.random.split(key)
-        weights = net.init(net_key, jnp.zeros((num_members, 1, num_inputs)))
-        terminal = terminal_net.init(terminal_key, jnp.zeros((num_members, 1, num_embedded)))
+        weights = net.init(net_key, jnp.zeros((num_members, 1, codec.num_inputs)))
+        terminal = terminal_net.init(terminal_key, jnp.zeros((num_members, 1, codec.num_embedded)))
         return EnsembleState(
             Weights(weights, terminal, bounds(-10.0), bounds(0.5)),
-            normalization.empty((num_inputs,)),
-            normalization.empty((num_targets,)),
+            normalization.empty((codec.num_inputs,)),
+            normalization.empty((codec.num_targets,)),
             jnp.arange(num_elites),
             jnp.zeros((), bool),
         )
 
     def standardize(state: EnsembleState, data: Transition, mask: Array) -> EnsembleState:
-        x, y = regression(data)
+        x, y = codec.regression(data)
         return state._replace(
             inputs=normalization.fit(x, mask),
             targets=normalization.fit(y, mask),
@@ -170,11 +201,13 @@ def probabilistic_ensemble(
 
     def terminal_logit(weights: Weights, inputs: Moments, flat: Array) -> Array:
         """Map flat next observations [N, R, D] to logits [N, R]."""
-        x = (embed(flat) - inputs.mean[:num_embedded]) / inputs.std[:num_embedded]
+        x = (codec.embed(flat) - inputs.mean[: codec.num_embedded]) / inputs.std[
+            : codec.num_embedded
+        ]
         return terminal_net.apply(weights.terminal, x)[..., 0]
 
     def loss(weights: Weights, state: EnsembleState, batch: Transition) -> tuple[Array, Metrics]:
-        x, y = regression(batch)
+        x, y = codec.regression(batch)
         out = forward(weights, state.inputs, x)
         nll = gaussian_nll(out.mean, out.logvar, normalization.normalize(state.targets, y))
         flat = spaces.flatten(spec.observation, batch.next_obs)
@@ -185,7 +218,7 @@ def probabilistic_ensemble(
         return nll.mean((1, 2)) + terminal + 0.01 * spread, metrics
 
     def error(weights: Weights, state: EnsembleState, batch: Transition, mask: Array) -> Array:
-        x, y = regression(batch)
+        x, y = codec.regression(batch)
         flat = spaces.flatten(spec.observation, batch.next_obs)
         x, flat = (jnp.broadcast_to(v, (num_members, *v.shape)) for v in (x, flat))
         out = forward(weights, state.inputs, x)
@@ -196,7 +229,7 @@ def probabilistic_ensemble(
         return jnp.sum((0.5 * jnp.log(squared + 1e-8) + terminal) * weight, 1)
 
     def predict(state: EnsembleState, obs: Any, action: Array) -> Prediction:
-        x = features(spaces.flatten(spec.observation, obs), action)
+        x = codec.features(spaces.flatten(spec.observation, obs), action)
         x = jnp.broadcast_to(x, (num_members, *x.shape))
         return forward(state.weights, state.inputs, x)
 
@@ -214,12 +247,9 @@ def probabilistic_ensemble(
         )
 
     def decode(state: EnsembleState, flat: Array, target: Array) -> tuple[Array, Array]:
-        """Undo standardization: flat next observation [..., D] and reward [...]."""
-        target = normalization.denormalize(state.targets, target)
-        change = target[..., :-1] + jnp.where(relative, flat, 0.0)
-        return jnp.where(angle, wrap_angle(change), change), target[..., -1]
+        return codec.apply(flat, normalization.denormalize(state.targets, target))
 
-    heads = Heads(features, forward, decode, members_survive)
+    heads = Heads(codec.features, forward, decode, members_survive)
 
     def mdp(propagation: Propagation = "ts1", uncertainty: bool = True) -> MDP:
         return ensemble_mdp(spec, heads, num_members, num_elites, propagation, uncertainty)

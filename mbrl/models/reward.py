@@ -127,8 +127,10 @@ def _gaussian_head() -> _Head:
         return out[..., 0], jnp.exp(bound_logvar(out[..., 1], *LOGVAR_BOUNDS))
 
     def nll(out: Array, target: Array) -> Array:
+        # Plans are made of means: they get the gradient of a squared error, else a rare
+        # reward is first explained as noise and then ignored.
         logvar = bound_logvar(out[..., 1], *LOGVAR_BOUNDS)
-        return gaussian_nll(out[..., 0], logvar, target, beta=0.5)
+        return gaussian_nll(out[..., 0], logvar, target, beta=1.0)
 
     def error(out: Array, target: Array, weight: Array) -> Array:
         return 0.5 * jnp.log(jnp.sum(jnp.square(out[..., 0] - target) * weight, 1) + 1e-8)
