@@ -12,6 +12,7 @@ from scripts.cli import main
 STEPS = 60
 FLAGS = [
     "--env", "tests.faults.tasks:Cart", "--steps", str(STEPS), "--log-every", "10",
+    "--learning-rate", "0.001",
     "--save-every", "10", "--eval-episodes", "0", "--no-tensorboard",
     "--members", "2", "--elites", "2", "--hidden", "8", "--batch-size", "8", "--max-epochs", "2",
     "--random-steps", "20", "--train-every", "10", "--capacity", "40",
