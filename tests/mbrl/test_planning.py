@@ -296,18 +296,20 @@ def test_weights_ignore_infinities_and_the_scale_of_returns():
 
 
 def test_icem_spends_exactly_the_announced_evaluations():
-    config = PlannerConfig("icem", 7, population=40, iterations=4, particles=3, elites=10)
+    config = PlannerConfig(
+        "icem", 7, population=40, iterations=4, particles=3, elites=10, decay=1.25
+    )  # fmt: skip
     assert populations(config) == [40, 32, 26, 20]
     seen = []
     mdp = point_mass([2.0, 3.5])
 
     def spy(params: Any, key: Any, state: Any, action: Array) -> Any:
-        seen.append(action.shape[0])
+        jax.debug.callback(lambda a: seen.append(a.shape[0]), action, ordered=True)
         return mdp.step(params, key, state, action)
 
-    # The population differs between iterations, so each traces the model once.
     run(mdp._replace(step=spy), config, jnp.zeros((1, 1)))
-    assert 7 * sum(seen) == config.evaluations() == 118 * 3 * 7
+    jax.effects_barrier()
+    assert sum(seen) == config.evaluations() == 118 * 3 * 7
 
 
 @pytest.mark.parametrize(
