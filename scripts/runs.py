@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -231,9 +232,20 @@ def load(directory: Path, env_id: str | None = None) -> Run:
     other = build(name, config, env_id, driver, saved["on_bad"])
     for part in ("observation", "action"):
         before, now = (spaces.describe(getattr(r.spec, part)) for r in (run, other))
-        if before != now:
+        if not _alike(before, now):
             raise ValueError(
                 f"--env {env_id}: its {part} space {now} differs from that of {run.env_id}, "
                 f"{before}; evaluate on an environment with the same spaces"
             )
     return other
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Compare descriptions of spaces; bounds may differ by the rounding of float32."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[name], b[name]) for name in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return a == b
