@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mbrl import optim, replay, spaces
-from mbrl.fitting import FitConfig, fit_members
-from mbrl.mdp import penalized
+from mbrl.fitting import Fit, FitConfig, fit_members
+from mbrl.mdp import SplitParams, penalized, with_reward
 from mbrl.models.probabilistic import Target, probabilistic_ensemble
 from mbrl.models.propagation import EnsembleState, Propagation
+from mbrl.models.reward import RewardState, given_reward, reward_model
 from mbrl.planning import PlannerConfig, planner
 from mbrl.types import (
     Agent,
@@ -51,6 +52,8 @@ class PETSConfig:
     """What is predicted of the next observation: delta, absolute or angle (P)."""
     learn_bounds: bool = True
     """Learn the log-variance bounds (P)."""
+    reward: Literal["head", "gaussian", "two_hot"] = "head"
+    """Output of the ensemble, or a model of its own; two_hot for rare and huge rewards."""
     learning_rate: float = 5e-3
     """Adam step size; weights are averaged, which allows a large one (P: 1e-3, M)."""
     weight_decay: float = 5e-5
@@ -82,10 +85,12 @@ class PETSConfig:
 
 
 class PETSState(NamedTuple):
-    """Everything PETS learns."""
+    """Everything PETS learns; `reward` is None unless it has a model of its own."""
 
     model: EnsembleState
     opt_state: optax.OptState
+    reward: RewardState | None = None
+    reward_opt_state: optax.OptState | None = None
 
 
 class PETSCarry(NamedTuple):
@@ -98,6 +103,7 @@ def make_pets(
     spec: EnvSpec,
     config: PETSConfig = PETSConfig(),
     network: Callable[[int], Network] | None = None,
+    reward_fn: Callable[[Any, Array, Any], Array] | None = None,
 ) -> Agent:
     """Build the agent.
 
@@ -105,17 +111,26 @@ def make_pets(
       spec: spaces of the task; actions Box (bounded) or Discrete.
       config: see `PETSConfig`. Float fields may be traced.
       network: `(out) -> Network` of one member, to replace the default MLP.
+      reward_fn: known reward `(obs, action, next_obs) -> [B]`, to plan with instead of a
+        learned one.
 
     Raises:
       ValueError: for spaces that PETS cannot model, and impossible settings.
     """
-    _check(spec, config)
+    _check(spec, config, reward_fn is not None)
     model = probabilistic_ensemble(
         spec, config.members, config.hidden, config.targets, config.elites,
         config.learn_bounds, network, config.dtype,
     )  # fmt: skip
+    reward = None
+    if config.reward != "head":
+        reward = reward_model(
+            spec, config.members, kind=config.reward, network=network, dtype=config.dtype
+        )
+    source = reward if reward_fn is None else given_reward(reward_fn)
     uses_penalty = not (isinstance(config.penalty, float) and config.penalty == 0.0)
     mdp = model.mdp(config.propagation, uncertainty=uses_penalty)
+    mdp = mdp if source is None else with_reward(mdp, source)
     mdp = penalized(mdp, config.penalty) if uses_penalty else mdp
     mpc = planner(mdp, config.planner)
     optimizer = optax.chain(
@@ -127,9 +142,16 @@ def make_pets(
         config.batch_size, config.max_epochs, config.patience, bootstrap=config.bootstrap
     )
 
+    def planning_params(state: PETSState) -> Any:
+        return state.model if source is None else SplitParams(state.model, state.reward)
+
     def init(key: Key) -> PETSState:
         state = model.init(key)
-        return PETSState(model=state, opt_state=optimizer.init(state.weights))
+        learned = PETSState(state, optimizer.init(state.weights))
+        if reward is None:
+            return learned
+        head = reward.init(jax.random.fold_in(key, 1))
+        return learned._replace(reward=head, reward_opt_state=optimizer.init(head.weights))
 
     def begin(num_envs: int) -> PETSCarry:
         return PETSCarry(mpc.init(num_envs))
@@ -142,35 +164,55 @@ def make_pets(
         if mode == "random":
             return spaces.sample(spec.action, key, (num_envs,)), carry, ()
         init_key, plan_key = jax.random.split(key)
-        start = mdp.init(state.model, init_key, obs)
-        action, warm, _ = mpc.plan(state.model, plan_key, start, carry.plan)
+        params = planning_params(state)
+        start = mdp.init(params, init_key, obs)
+        action, warm, _ = mpc.plan(params, plan_key, start, carry.plan)
         return action, PETSCarry(warm), ()
 
     def update(state: PETSState, batch: Batch, key: Key) -> tuple[PETSState, Metrics, None]:
         data, valid = replay.transitions(batch)
         num_envs, rows = batch.valid.shape
         holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
-        params = model.standardize(state.model, data, valid)
-        fit = fit_members(
-            lambda weights, rows: model.loss(weights, params, rows),
-            lambda weights, rows, mask: model.error(weights, params, rows, mask),
-            optimizer, params.weights, state.opt_state,
-            data, valid & ~holdout, valid & holdout, key, fit_config,
-        )  # fmt: skip
-        elites = jnp.argsort(fit.error)[: config.elites]
-        params = params._replace(weights=fit.weights, elites=elites)
-        metrics = {
-            **fit.metrics,
-            "model/skipped_updates": fit.opt_state.skipped.astype(jnp.float32),
-            "model/skipped_in_a_row": fit.opt_state.consecutive.astype(jnp.float32),
-        }
-        return PETSState(model=params, opt_state=fit.opt_state), metrics, None
+        train, held = valid & ~holdout, valid & holdout
+
+        def learn(part: Any, params: Any, opt_state: Any, key: Key) -> Any:
+            params = part.standardize(params, data, valid)
+            fit = fit_members(
+                lambda weights, rows: part.loss(weights, params, rows),
+                lambda weights, rows, mask: part.error(weights, params, rows, mask),
+                optimizer, params.weights, opt_state, data, train, held, key, fit_config,
+            )  # fmt: skip
+            return params._replace(weights=fit.weights), fit
+
+        metrics = {}
+        if reward is not None:
+            key, reward_key = jax.random.split(key)
+            head, fit = learn(reward, state.reward, state.reward_opt_state, reward_key)
+            state = state._replace(reward=head, reward_opt_state=fit.opt_state)
+            metrics = _metrics("reward", fit)
+        params, fit = learn(model, state.model, state.opt_state, key)
+        params = params._replace(elites=jnp.argsort(fit.error)[: config.elites])
+        state = state._replace(model=params, opt_state=fit.opt_state)
+        return state, {**metrics, **_metrics("model", fit)}, None
 
     sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
     return Agent(init, begin, act, update, sampling)
 
 
-def _check(spec: EnvSpec, config: PETSConfig) -> None:
+def _metrics(part: str, fit: Fit) -> Metrics:
+    found = {name.replace("model", part, 1): value for name, value in fit.metrics.items()}
+    opt: Any = fit.opt_state
+    found[f"{part}/skipped_updates"] = opt.skipped.astype(jnp.float32)
+    found[f"{part}/skipped_in_a_row"] = opt.consecutive.astype(jnp.float32)
+    return found
+
+
+def _check(spec: EnvSpec, config: PETSConfig, reward_given: bool) -> None:
+    if reward_given and config.reward != "head":
+        raise ValueError(
+            f"reward_fn: a given reward leaves nothing to learn, got it with reward="
+            f"{config.reward!r}; leave one of them out"
+        )
     for path, leaf in spaces.leaves(spec.observation):
         if isinstance(leaf, Box) and len(leaf.shape) >= 3:
             raise ValueError(
