@@ -173,7 +173,8 @@ def restore(run: Run, directory: Path) -> checkpoint.Restored | None:
 
 def agent_state(run: Run, snapshot: Any) -> Any:
     """Return the agent's part of a snapshot, leaves [S, ...]."""
-    return (snapshot["state"] if run.env is not None else snapshot)["learner"].agent
+    learner = snapshot["learner"] if run.env is None else snapshot["state"].learner
+    return learner.agent
 
 
 def to_json(value: Any) -> Any:

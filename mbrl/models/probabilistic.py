@@ -35,6 +35,10 @@ Target = Literal["delta", "absolute", "angle"]
 angle in radians (input as sine and cosine, change wrapped to [-pi, pi))."""
 
 
+MAX_WEIGHT = 50.0
+"""Of a terminal step against another one in the loss of the termination head."""
+
+
 class ProbabilisticEnsemble(NamedTuple):
     """A model of observation change, reward and termination, learned from transitions.
 
@@ -142,6 +146,8 @@ def probabilistic_ensemble(
 
     Termination is predicted from the *next* observation, as simulators decide it: few
     terminal steps then suffice, because no dynamics must be learned along with the rule.
+    Terminal steps count as much as all others together (up to a limit), so that near the
+    border of what has been survived the prediction errs on the side of caution.
 
     Reference: Chua et al. 2018 (arXiv:1805.12114).
 
@@ -180,14 +186,18 @@ def probabilistic_ensemble(
             normalization.empty((codec.num_targets,)),
             jnp.arange(num_elites),
             jnp.zeros((), bool),
+            jnp.ones(()),
         )
 
     def standardize(state: EnsembleState, data: Transition, mask: Array) -> EnsembleState:
         x, y = codec.regression(data)
+        ends = jnp.sum(data.is_terminal & mask)
         return state._replace(
             inputs=normalization.fit(x, mask),
             targets=normalization.fit(y, mask),
-            terminates=jnp.any(data.is_terminal & mask),
+            terminates=ends > 0,
+            # Of a hundred steps one may be terminal: unweighted, the head learns to say no.
+            terminal_weight=jnp.clip((mask.sum() - ends) / jnp.maximum(ends, 1), 1.0, MAX_WEIGHT),
         )
 
     def forward(weights: Weights, inputs: Moments, x: Array) -> Prediction:
@@ -206,13 +216,16 @@ def probabilistic_ensemble(
         ]
         return terminal_net.apply(weights.terminal, x)[..., 0]
 
+    def terminal_nll(weights: Weights, state: EnsembleState, flat: Array, ends: Array) -> Array:
+        nll = binary_nll(terminal_logit(weights, state.inputs, flat), ends.astype(jnp.float32))
+        return jnp.where(ends, state.terminal_weight, 1.0) * nll
+
     def loss(weights: Weights, state: EnsembleState, batch: Transition) -> tuple[Array, Metrics]:
         x, y = codec.regression(batch)
         out = forward(weights, state.inputs, x)
         nll = gaussian_nll(out.mean, out.logvar, normalization.normalize(state.targets, y))
         flat = spaces.flatten(spec.observation, batch.next_obs)
-        logit = terminal_logit(weights, state.inputs, flat)
-        terminal = binary_nll(logit, batch.is_terminal.astype(jnp.float32)).mean(1)
+        terminal = terminal_nll(weights, state, flat, batch.is_terminal).mean(1)
         spread = (weights.logvar_high - weights.logvar_low).sum((1, 2))
         metrics = {"model/nll": nll.mean(), "model/terminal_nll": terminal.mean()}
         return nll.mean((1, 2)) + terminal + 0.01 * spread, metrics
@@ -223,8 +236,7 @@ def probabilistic_ensemble(
         x, flat = (jnp.broadcast_to(v, (num_members, *v.shape)) for v in (x, flat))
         out = forward(weights, state.inputs, x)
         squared = jnp.mean((out.mean - normalization.normalize(state.targets, y)) ** 2, -1)
-        logit = terminal_logit(weights, state.inputs, flat)
-        terminal = binary_nll(logit, batch.is_terminal.astype(jnp.float32))
+        terminal = terminal_nll(weights, state, flat, batch.is_terminal)
         weight = mask / jnp.maximum(mask.sum(), 1.0)
         return jnp.sum((0.5 * jnp.log(squared + 1e-8) + terminal) * weight, 1)
 

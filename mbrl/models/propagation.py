@@ -37,6 +37,7 @@ class EnsembleState(NamedTuple):
       elites: int32 [M], members that predict; all of them unless selected.
       terminates: bool [], whether the data held a terminal step. Until then survival is
         certain and the termination head is not evaluated.
+      terminal_weight: [] how much more a terminal step counts than another.
     """
 
     weights: Weights
@@ -44,6 +45,7 @@ class EnsembleState(NamedTuple):
     targets: Moments
     elites: Array
     terminates: Array
+    terminal_weight: Array
 
 
 class Prediction(NamedTuple):
