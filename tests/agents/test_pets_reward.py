@@ -68,7 +68,7 @@ def test_trains_in_one_program_over_seeds_and_follows_its_reward(source: str) ->
     assert (learned.reward is not None) == own
     if source == "gaussian":  # 0 nats is what no knowledge of a standardized reward scores
         assert np.all(report.metrics["reward/holdout_error"] < -0.1)
-    if own:  # each seed has standardized with its own data
+        # Each seed has standardized with its own data.
         assert learned.reward.scale[0] != learned.reward.scale[1]
 
     agent = factory({})
