@@ -132,6 +132,14 @@ def transition_codec(spec: EnvSpec, targets: Target | Sequence[Target]) -> Codec
     return Codec(num_embedded, num_inputs, size + 1, embed, features, regression, apply)
 
 
+def _balance(ends: Array, others: Array) -> Array:
+    """Weigh a terminal step so that all of them count as much as all others, within limits.
+
+    Of a hundred steps one may be terminal: unweighted, the head learns to say no.
+    """
+    return jnp.clip(others / jnp.maximum(ends, 1), 1.0, MAX_WEIGHT)
+
+
 def probabilistic_ensemble(
     spec: EnvSpec,
     num_members: int = 5,
@@ -196,8 +204,7 @@ def probabilistic_ensemble(
             inputs=normalization.fit(x, mask),
             targets=normalization.fit(y, mask),
             terminates=ends > 0,
-            # Of a hundred steps one may be terminal: unweighted, the head learns to say no.
-            terminal_weight=jnp.clip((mask.sum() - ends) / jnp.maximum(ends, 1), 1.0, MAX_WEIGHT),
+            terminal_weight=_balance(ends, mask.sum() - ends),
         )
 
     def forward(weights: Weights, inputs: Moments, x: Array) -> Prediction:
@@ -217,7 +224,7 @@ def probabilistic_ensemble(
         return terminal_net.apply(weights.terminal, x)[..., 0]
 
     def terminal_nll(weights: Weights, state: EnsembleState, flat: Array, ends: Array) -> Array:
-        nll = binary_nll(terminal_logit(weights, state.inputs, flat), ends.astype(jnp.float32))
+        nll = binary_nll(terminal_logit(weights, state.inputs, flat), ends.astype(flat.dtype))
         return jnp.where(ends, state.terminal_weight, 1.0) * nll
 
     def loss(weights: Weights, state: EnsembleState, batch: Transition) -> tuple[Array, Metrics]:
