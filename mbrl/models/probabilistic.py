@@ -211,10 +211,9 @@ def probabilistic_ensemble(
         """Map raw features [N, R, F] to predictions [N, R, ...]."""
         out = net.apply(weights.network, normalization.normalize(inputs, x))
         mean, logvar = jnp.split(out, 2, -1)
-        low, high = weights.logvar_low, weights.logvar_high
-        if not learn_bounds:
-            low, high = jax.lax.stop_gradient((low, high))
-        return Prediction(mean, bound_logvar(logvar, low, high))
+        bounds = weights.logvar_low, weights.logvar_high
+        bounds = bounds if learn_bounds else jax.lax.stop_gradient(bounds)
+        return Prediction(mean, bound_logvar(logvar, *bounds))
 
     def terminal_logit(weights: Weights, inputs: Moments, flat: Array) -> Array:
         """Map flat next observations [N, R, D] to logits [N, R]."""
