@@ -99,7 +99,8 @@ def test_tanh_normal_log_prob_survives_saturation() -> None:
 def test_tanh_normal_sample_and_log_prob_agree() -> None:
     x, log_prob = jax.jit(jax.vmap(TANHS.sample_and_log_prob))(KEYS[:500])
     np.testing.assert_allclose(jax.jit(TANHS.log_prob)(x), log_prob, atol=2e-3)
-    np.testing.assert_array_equal(x, jax.jit(jax.vmap(TANHS.sample))(KEYS[:500]))
+    again = jax.jit(jax.vmap(TANHS.sample))(KEYS[:500])  # another program: other last bits
+    np.testing.assert_allclose(x, again, atol=1e-6)
 
 
 def test_tanh_normal_gradients_are_finite_at_extremes() -> None:
