@@ -209,7 +209,7 @@ def test_compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             timeout=300,
         )
         assert done.stdout.split() == [str(folder), "6.0"], done.stderr
-        assert done.stderr.count("another warning") == 1
+        assert done.stderr.count("UserWarning: another warning") == 1
         return done.stderr, {file.name: file.stat().st_size for file in folder.iterdir()}
 
     _, entries = compile_once()
