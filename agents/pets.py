@@ -66,6 +66,8 @@ class PETSConfig:
     """Passes over the data per model update at most (M)."""
     patience: int = 5
     """Epochs without held-out improvement after which a member stops (MBPO)."""
+    termination_epochs: int = 10
+    """Passes over the data per update of the termination model, which has no holdout (M)."""
     holdout: float = 0.1
     """Share of transitions that is held out (MBPO: 0.2)."""
     bootstrap: bool = True
@@ -89,6 +91,7 @@ class PETSState(NamedTuple):
 
     model: EnsembleState
     opt_state: optax.OptState
+    termination_opt_state: optax.OptState
     reward: RewardState | None = None
     reward_opt_state: optax.OptState | None = None
 
@@ -141,13 +144,15 @@ def make_pets(
     fit_config = FitConfig(
         config.batch_size, config.max_epochs, config.patience, bootstrap=config.bootstrap
     )
+    ending_config = FitConfig(config.batch_size, config.termination_epochs, bootstrap=False)
 
     def planning_params(state: PETSState) -> Any:
         return state.model if source is None else SplitParams(state.model, state.reward)
 
     def init(key: Key) -> PETSState:
         state = model.init(key)
-        learned = PETSState(state, optimizer.init(state.weights))
+        ending = optimizer.init(state.termination.weights)
+        learned = PETSState(state, optimizer.init(state.weights), ending)
         if reward is None:
             return learned
         head = reward.init(jax.random.fold_in(key, 1))
@@ -174,6 +179,7 @@ def make_pets(
         num_envs, rows = batch.valid.shape
         holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
         train, held = valid & ~holdout, valid & holdout
+        model_key, ending_key, reward_key = jax.random.split(key, 3)
 
         def learn(part: Any, params: Any, opt_state: Any, key: Key) -> Any:
             params = part.standardize(params, data, valid)
@@ -184,16 +190,33 @@ def make_pets(
             )  # fmt: skip
             return params._replace(weights=fit.weights), fit
 
-        metrics = {}
+        def learn_termination(params: Any, opt_state: Any, key: Key) -> Any:
+            part = model.termination
+            params = part.standardize(params, data, valid)
+            fit = fit_members(
+                lambda weights, rows: part.loss(weights, params, rows), None, optimizer,
+                params.weights, opt_state, data, valid & params.seen, held, key, ending_config,
+            )  # fmt: skip
+            return params._replace(weights=fit.weights), fit
+
+        params, fit = learn(model, state.model, state.opt_state, model_key)
+        ending, ending_fit = learn_termination(
+            params.termination, state.termination_opt_state, ending_key
+        )
+        elites = jnp.argsort(fit.error)[: config.elites]
+        params = params._replace(elites=elites, termination=ending)
+        state = state._replace(
+            model=params, opt_state=fit.opt_state, termination_opt_state=ending_fit.opt_state
+        )
+        metrics = {
+            **_metrics("model", fit),
+            "model/termination_loss": ending_fit.metrics["model/loss"],
+        }
         if reward is not None:
-            key, reward_key = jax.random.split(key)
             head, fit = learn(reward, state.reward, state.reward_opt_state, reward_key)
             state = state._replace(reward=head, reward_opt_state=fit.opt_state)
-            metrics = _metrics("reward", fit)
-        params, fit = learn(model, state.model, state.opt_state, key)
-        params = params._replace(elites=jnp.argsort(fit.error)[: config.elites])
-        state = state._replace(model=params, opt_state=fit.opt_state)
-        return state, {**metrics, **_metrics("model", fit)}, None
+            metrics |= _metrics("reward", fit)
+        return state, metrics, None
 
     sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
     return Agent(init, begin, act, update, sampling)

@@ -17,6 +17,7 @@ _LONG = {"horizon": 50, "noise_beta": 0.5}
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _LONG},
     ("pets", "device/CartPole"): {"planner": _LONG},
+    ("pets", "InvertedPendulum-v5"): {"planner": _LONG},
 }
 
 

@@ -99,7 +99,7 @@ def _shuffle(key: Key, members: Array, count: Array) -> Array:
 
 def fit_members(
     loss: Loss,
-    error: Error,
+    error: Error | None,
     optimizer: optax.GradientTransformation,
     weights: Params,
     opt_state: optax.OptState,
@@ -116,7 +116,8 @@ def fit_members(
 
     Args:
       loss: per-member loss of a minibatch.
-      error: per-member error on held-out rows.
+      error: per-member error on held-out rows; None = train for `max_epochs` and keep the
+        last weights.
       optimizer: elementwise or per-member; nothing may mix members.
       weights: leaves [N, ...].
       opt_state: its state.
@@ -136,6 +137,7 @@ def fit_members(
     members = bootstrap_rows(boot_key, num_members, rows, count, config.bootstrap)
     held, held_mask = _first_true(holdout, min(config.max_holdout, holdout.shape[0]))
     held_data = jax.tree.map(lambda x: x[held], data)
+    known = held_mask.any() & (error is not None)
     num_batches = jnp.maximum(-(-count // config.batch_size), config.min_batches)
 
     def train_step(j: Array, carry: Any, order: Array, active: Array) -> Any:
@@ -154,6 +156,8 @@ def fit_members(
         return weights, average, opt_state, total + mean
 
     def held_out_error(weights: Params) -> Array:
+        if error is None:
+            return jnp.zeros(num_members)
         return error(weights, held_data, held_mask.astype(jnp.float32))
 
     def epoch(p: Progress) -> Progress:
@@ -167,7 +171,6 @@ def fit_members(
             (p.weights, p.average, p.opt_state, jnp.zeros(())),
         )
         current = held_out_error(average)
-        known = held_mask.any()
         better = active & (current < p.best_error - config.min_improvement)
         better = jnp.where(known, better, active)
         return Progress(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl import normalization, spaces
-from mbrl.losses.regression import binary_nll, bound_logvar, gaussian_nll
+from mbrl.losses.regression import bound_logvar, gaussian_nll
 from mbrl.models.propagation import (
     EnsembleState,
     Heads,
@@ -18,6 +18,7 @@ from mbrl.models.propagation import (
     Weights,
     ensemble_mdp,
 )
+from mbrl.models.termination import TerminationModel, termination_model
 from mbrl.networks.core import ensemble, mlp
 from mbrl.normalization import Moments
 from mbrl.types import (
@@ -35,10 +36,6 @@ Target = Literal["delta", "absolute", "angle"]
 angle in radians (input as sine and cosine, change wrapped to [-pi, pi))."""
 
 
-MAX_WEIGHT = 50.0
-"""Of a terminal step against another one in the loss of the termination head."""
-
-
 class ProbabilisticEnsemble(NamedTuple):
     """A model of observation change, reward and termination, learned from transitions.
 
@@ -48,10 +45,11 @@ class ProbabilisticEnsemble(NamedTuple):
       loss: `(weights, state, transition [N, B, ...]) -> [N]`, the members' own losses.
       error: `(weights, state, transition [B, ...], mask [B]) -> [N]`, held-out error in
         nats: the mean log of each row's error, which a few discontinuities (contacts,
-        resets) cannot dominate, plus the negative log-likelihood of termination.
+        resets) cannot dominate.
       predict: `(state, obs, action [B, ...]) -> Prediction` with a leading [N].
       survival: `(state, next_obs [B, ...]) -> [N, B]` probability of not terminating there.
       mdp: `(propagation, uncertainty) -> MDP` whose parameters are `EnsembleState`.
+      termination: the model behind `EnsembleState.termination`, to be fitted on its own.
     """
 
     init: Callable[[Key], EnsembleState]
@@ -61,6 +59,7 @@ class ProbabilisticEnsemble(NamedTuple):
     predict: Callable[[EnsembleState, Any, Array], Prediction]
     survival: Callable[[EnsembleState, Any], Array]
     mdp: Callable[..., MDP]
+    termination: TerminationModel
 
 
 def wrap_angle(x: Array) -> Array:
@@ -132,14 +131,6 @@ def transition_codec(spec: EnvSpec, targets: Target | Sequence[Target]) -> Codec
     return Codec(num_embedded, num_inputs, size + 1, embed, features, regression, apply)
 
 
-def _balance(ends: Array, others: Array) -> Array:
-    """Weigh a terminal step so that all of them count as much as all others, within limits.
-
-    Of a hundred steps one may be terminal: unweighted, the head learns to say no.
-    """
-    return jnp.clip(others / jnp.maximum(ends, 1), 1.0, MAX_WEIGHT)
-
-
 def probabilistic_ensemble(
     spec: EnvSpec,
     num_members: int = 5,
@@ -152,10 +143,8 @@ def probabilistic_ensemble(
 ) -> ProbabilisticEnsemble:
     """Build an ensemble of Gaussian networks over flattened observations.
 
-    Termination is predicted from the *next* observation, as simulators decide it: few
-    terminal steps then suffice, because no dynamics must be learned along with the rule.
-    Terminal steps count as much as all others together (up to a limit), so that near the
-    border of what has been survived the prediction errs on the side of caution.
+    Change and reward share a network; termination has its own, with a fit of its own (see
+    `mbrl.models.termination`).
 
     Reference: Chua et al. 2018 (arXiv:1805.12114).
 
@@ -167,7 +156,7 @@ def probabilistic_ensemble(
       num_elites: predict with the best M members on held-out data; None = all.
       learn_bounds: learn the log-variance bounds, else keep them at -10 and 0.5.
       network: `(out) -> Network`, one member; Linen, Haiku, NNX or plain functions. Used
-        for both heads.
+        for termination as well.
       dtype: of the matrix products in the default network.
 
     Raises:
@@ -179,33 +168,25 @@ def probabilistic_ensemble(
     codec = transition_codec(spec, targets)
     make = network or (lambda out: mlp(hidden, out, dtype=dtype))
     net = ensemble(make(2 * codec.num_targets), num_members)
-    terminal_net = ensemble(network(1) if network else mlp((64, 64), 1), num_members)
+    termination = termination_model(spec, num_members, codec.num_embedded, codec.embed, network)
 
     def init(key: Key) -> EnsembleState:
         def bounds(value: float) -> Array:
             return jnp.full((num_members, 1, codec.num_targets), value)
 
-        net_key, terminal_key = jax.random.split(key)
+        net_key, termination_key = jax.random.split(key)
         weights = net.init(net_key, jnp.zeros((num_members, 1, codec.num_inputs)))
-        terminal = terminal_net.init(terminal_key, jnp.zeros((num_members, 1, codec.num_embedded)))
         return EnsembleState(
-            Weights(weights, terminal, bounds(-10.0), bounds(0.5)),
+            Weights(weights, bounds(-10.0), bounds(0.5)),
             normalization.empty((codec.num_inputs,)),
             normalization.empty((codec.num_targets,)),
             jnp.arange(num_elites),
-            jnp.zeros((), bool),
-            jnp.ones(()),
+            termination.init(termination_key),
         )
 
     def standardize(state: EnsembleState, data: Transition, mask: Array) -> EnsembleState:
         x, y = codec.regression(data)
-        ends = jnp.sum(data.is_terminal & mask)
-        return state._replace(
-            inputs=normalization.fit(x, mask),
-            targets=normalization.fit(y, mask),
-            terminates=ends > 0,
-            terminal_weight=_balance(ends, mask.sum() - ends),
-        )
+        return state._replace(inputs=normalization.fit(x, mask), targets=normalization.fit(y, mask))
 
     def forward(weights: Weights, inputs: Moments, x: Array) -> Prediction:
         """Map raw features [N, R, F] to predictions [N, R, ...]."""
@@ -215,36 +196,19 @@ def probabilistic_ensemble(
         bounds = bounds if learn_bounds else jax.lax.stop_gradient(bounds)
         return Prediction(mean, bound_logvar(logvar, *bounds))
 
-    def terminal_logit(weights: Weights, inputs: Moments, flat: Array) -> Array:
-        """Map flat next observations [N, R, D] to logits [N, R]."""
-        x = (codec.embed(flat) - inputs.mean[: codec.num_embedded]) / inputs.std[
-            : codec.num_embedded
-        ]
-        return terminal_net.apply(weights.terminal, x)[..., 0]
-
-    def terminal_nll(weights: Weights, state: EnsembleState, flat: Array, ends: Array) -> Array:
-        nll = binary_nll(terminal_logit(weights, state.inputs, flat), ends.astype(flat.dtype))
-        return jnp.where(ends, state.terminal_weight, 1.0) * nll
-
     def loss(weights: Weights, state: EnsembleState, batch: Transition) -> tuple[Array, Metrics]:
         x, y = codec.regression(batch)
         out = forward(weights, state.inputs, x)
         nll = gaussian_nll(out.mean, out.logvar, normalization.normalize(state.targets, y))
-        flat = spaces.flatten(spec.observation, batch.next_obs)
-        terminal = terminal_nll(weights, state, flat, batch.is_terminal).mean(1)
         spread = (weights.logvar_high - weights.logvar_low).sum((1, 2))
-        metrics = {"model/nll": nll.mean(), "model/terminal_nll": terminal.mean()}
-        return nll.mean((1, 2)) + terminal + 0.01 * spread, metrics
+        return nll.mean((1, 2)) + 0.01 * spread, {"model/nll": nll.mean()}
 
     def error(weights: Weights, state: EnsembleState, batch: Transition, mask: Array) -> Array:
         x, y = codec.regression(batch)
-        flat = spaces.flatten(spec.observation, batch.next_obs)
-        x, flat = (jnp.broadcast_to(v, (num_members, *v.shape)) for v in (x, flat))
-        out = forward(weights, state.inputs, x)
+        out = forward(weights, state.inputs, jnp.broadcast_to(x, (num_members, *x.shape)))
         squared = jnp.mean((out.mean - normalization.normalize(state.targets, y)) ** 2, -1)
-        terminal = terminal_nll(weights, state, flat, batch.is_terminal)
         weight = mask / jnp.maximum(mask.sum(), 1.0)
-        return jnp.sum((0.5 * jnp.log(squared + 1e-8) + terminal) * weight, 1)
+        return jnp.sum(0.5 * jnp.log(squared + 1e-8) * weight, 1)
 
     def predict(state: EnsembleState, obs: Any, action: Array) -> Prediction:
         x = codec.features(spaces.flatten(spec.observation, obs), action)
@@ -254,22 +218,16 @@ def probabilistic_ensemble(
     def survival(state: EnsembleState, next_obs: Any) -> Array:
         flat = spaces.flatten(spec.observation, next_obs)
         flat = jnp.broadcast_to(flat, (num_members, *flat.shape))
-        return members_survive(state, state.weights, flat)
-
-    def members_survive(state: EnsembleState, weights: Weights, flat: Array) -> Array:
-        """Map flat next observations [N, R, D] to survival probabilities [N, R]."""
-        return jax.lax.cond(
-            state.terminates,
-            lambda: jax.nn.sigmoid(-terminal_logit(weights, state.inputs, flat)),
-            lambda: jnp.ones(flat.shape[:-1]),
-        )
+        return termination.survival(state.termination, state.termination.weights, flat)
 
     def decode(state: EnsembleState, flat: Array, target: Array) -> tuple[Array, Array]:
         return codec.apply(flat, normalization.denormalize(state.targets, target))
 
-    heads = Heads(codec.features, forward, decode, members_survive)
+    heads = Heads(codec.features, forward, decode, termination.survival)
 
     def mdp(propagation: Propagation = "ts1", uncertainty: bool = True) -> MDP:
         return ensemble_mdp(spec, heads, num_members, num_elites, propagation, uncertainty)
 
-    return ProbabilisticEnsemble(init, standardize, loss, error, predict, survival, mdp)
+    return ProbabilisticEnsemble(
+        init, standardize, loss, error, predict, survival, mdp, termination
+    )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl import spaces
+from mbrl.models.termination import TerminationState
 from mbrl.normalization import Moments
 from mbrl.types import MDP, Array, EnvSpec, Key, Outcome, Params
 from mbrl.uncertainty import member_disagreement
@@ -22,7 +23,6 @@ class Weights(NamedTuple):
     """Trainable parameters; every leaf has a leading [N], so members never mix."""
 
     network: Params
-    terminal: Params
     logvar_low: Array
     logvar_high: Array
 
@@ -35,17 +35,14 @@ class EnsembleState(NamedTuple):
       inputs: moments of the network input.
       targets: moments of the regression targets [D + 1]; the last is the reward.
       elites: int32 [M], members that predict; all of them unless selected.
-      terminates: bool [], whether the data held a terminal step. Until then survival is
-        certain and the termination head is not evaluated.
-      terminal_weight: [] how much more a terminal step counts than another.
+      termination: model of the end of an episode.
     """
 
     weights: Weights
     inputs: Moments
     targets: Moments
     elites: Array
-    terminates: Array
-    terminal_weight: Array
+    termination: TerminationState
 
 
 class Prediction(NamedTuple):
@@ -66,13 +63,13 @@ class Heads(NamedTuple):
       features: `(flat [..., D], action) -> [..., F]` raw network input.
       forward: `(weights, moments, features [N, R, F]) -> Prediction [N, R, ...]`.
       decode: `(state, flat, target [..., D + 1]) -> (next flat, reward)`.
-      survive: `(state, weights, next flat [N, R, D]) -> [N, R]` in [0, 1].
+      survival: see `TerminationModel`.
     """
 
     features: Callable[[Array, Array], Array]
     forward: Callable[[Weights, Moments, Array], Prediction]
     decode: Callable[[EnsembleState, Array, Array], tuple[Array, Array]]
-    survive: Callable[[EnsembleState, Weights, Array], Array]
+    survival: Callable[[TerminationState, Params, Array], Array]
 
 
 def by_blocks(key: Key | None, members: int, rows: Any, apply: Callable[[Any], Any]) -> Any:
@@ -162,7 +159,7 @@ def ensemble_mdp(
     def sampled(state: EnsembleState, key: Key, flat: Array, x: Array) -> Step:
         """One member per row."""
         deal_key, noise_key = jax.random.split(key)
-        weights = elites(state, state.weights)
+        weights, ending = elites(state, (state.weights, state.termination.weights))
 
         def advance(rows: tuple[Array, Array]) -> Step:
             flat, x = rows
@@ -170,7 +167,7 @@ def ensemble_mdp(
             noise = jax.random.normal(noise_key, flat.shape)
             target = _perturb(out.mean, jnp.exp(0.5 * out.logvar), noise)
             flat, reward = heads.decode(state, flat, target)
-            return flat, reward, heads.survive(state, weights, flat)
+            return flat, reward, heads.survival(state.termination, ending, flat)
 
         deal = deal_key if propagation == "ts1" else None
         return by_blocks(deal, num_elites, (flat, x), advance)
@@ -183,9 +180,9 @@ def ensemble_mdp(
             var = jnp.exp(out.logvar).mean(0) + out.mean.var(0)
             target = _perturb(target, jnp.sqrt(var), jax.random.normal(key, flat.shape))
         flat, reward = heads.decode(state, flat, target)
-        weights = elites(state, state.weights)
+        ending = elites(state, state.termination.weights)
         rows = jnp.broadcast_to(flat, (num_elites, *flat.shape))
-        return flat, reward, heads.survive(state, weights, rows).mean(0)
+        return flat, reward, heads.survival(state.termination, ending, rows).mean(0)
 
     def step(state: EnsembleState, key: Key, flat: Array, action: Array) -> tuple[Array, Outcome]:
         x = heads.features(flat, action)

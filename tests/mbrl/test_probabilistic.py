@@ -53,8 +53,18 @@ def fitted(num_elites: int = 3) -> Any:
             data, ~held, held, key, config,
         )  # fmt: skip
 
+    def fit_termination(key):
+        part = model.termination
+        ending = part.standardize(state.termination, data, everything)
+        fit = fit_members(
+            lambda weights, rows: part.loss(weights, ending, rows), None, optimizer,
+            ending.weights, optimizer.init(ending.weights), data, everything, held, key, config,
+        )  # fmt: skip
+        return ending._replace(weights=fit.weights)
+
     result = jax.jit(fit)(jax.random.key(1))
-    return model, state._replace(weights=result.weights), result
+    ending = jax.jit(fit_termination)(jax.random.key(2))
+    return model, state._replace(weights=result.weights, termination=ending), result
 
 
 def test_learns_dynamics_reward_noise_and_termination():
@@ -93,7 +103,7 @@ def test_every_propagation_predicts_the_mean_and_its_own_spread(propagation):
 
 def test_survival_is_certain_and_free_before_any_terminal_step_was_seen():
     model, state, _ = fitted()
-    blind = state._replace(terminates=jnp.array(False))
+    blind = state._replace(termination=state.termination._replace(seen=jnp.array(False)))
     assert np.all(jax.jit(model.survival)(blind, jnp.array([[0.0, 5.0]])) == 1.0)
 
 
