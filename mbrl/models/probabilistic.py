@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mbrl import normalization, spaces
-from mbrl.losses.regression import bound_logvar, gaussian_nll
+from mbrl.losses.regression import bounded_variance, gaussian_nll
 from mbrl.models.propagation import (
     EnsembleState,
     Heads,
@@ -103,15 +104,18 @@ def transition_codec(spec: EnvSpec, targets: Target | Sequence[Target]) -> Codec
     """Build the conversions for the spaces of a task and the kinds of its dimensions."""
     size = spaces.flat_size(spec.observation)
     kinds = _targets(targets, size)
-    angle = jnp.array([k == "angle" for k in kinds])
     relative = jnp.array([k != "absolute" for k in kinds])
-    angle_index = [i for i, k in enumerate(kinds) if k == "angle"]
-    num_embedded = size + len(angle_index)
+    angles = np.array([i for i, k in enumerate(kinds) if k == "angle"], int)
+    num_embedded = size + len(angles)
 
     def embed(flat: Array) -> Array:
         # An angle enters as its sine in place, its cosine behind.
-        cosines = [jnp.cos(flat[..., i : i + 1]) for i in angle_index]
-        return jnp.concatenate([jnp.where(angle, jnp.sin(flat), flat), *cosines], -1)
+        flat = jnp.asarray(flat)
+        angle = flat[..., angles]
+        return jnp.concatenate([flat.at[..., angles].set(jnp.sin(angle)), jnp.cos(angle)], -1)
+
+    def wrap(flat: Array) -> Array:
+        return flat.at[..., angles].set(wrap_angle(flat[..., angles]))
 
     def features(flat: Array, action: Array) -> Array:
         return jnp.concatenate([embed(flat), spaces.encode_action(spec.action, action)], -1)
@@ -119,13 +123,12 @@ def transition_codec(spec: EnvSpec, targets: Target | Sequence[Target]) -> Codec
     def regression(data: Transition) -> tuple[Array, Array]:
         obs = spaces.flatten(spec.observation, data.obs)
         delta = spaces.flatten(spec.observation, data.next_obs) - jnp.where(relative, obs, 0.0)
-        delta = jnp.where(angle, wrap_angle(delta), delta)
-        target = jnp.concatenate([delta, data.reward[..., None]], -1)
+        target = jnp.concatenate([wrap(delta), data.reward[..., None]], -1)
         return features(obs, data.action), target
 
     def apply(flat: Array, target: Array) -> tuple[Array, Array]:
         change = target[..., :-1] + jnp.where(relative, flat, 0.0)
-        return jnp.where(angle, wrap_angle(change), change), target[..., -1]
+        return wrap(change), target[..., -1]
 
     num_inputs = num_embedded + spaces.flat_size(spec.action)
     return Codec(num_embedded, num_inputs, size + 1, embed, features, regression, apply)
@@ -194,12 +197,12 @@ def probabilistic_ensemble(
         mean, logvar = jnp.split(out, 2, -1)
         bounds = weights.logvar_low, weights.logvar_high
         bounds = bounds if learn_bounds else jax.lax.stop_gradient(bounds)
-        return Prediction(mean, bound_logvar(logvar, *bounds))
+        return Prediction(mean, bounded_variance(logvar, *bounds))
 
     def loss(weights: Weights, state: EnsembleState, batch: Transition) -> tuple[Array, Metrics]:
         x, y = codec.regression(batch)
         out = forward(weights, state.inputs, x)
-        nll = gaussian_nll(out.mean, out.logvar, normalization.normalize(state.targets, y))
+        nll = gaussian_nll(out.mean, jnp.log(out.var), normalization.normalize(state.targets, y))
         spread = (weights.logvar_high - weights.logvar_low).sum((1, 2))
         return nll.mean((1, 2)) + 0.01 * spread, {"model/nll": nll.mean()}
 

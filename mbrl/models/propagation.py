@@ -49,7 +49,7 @@ class Prediction(NamedTuple):
     """Change and reward in standardized target units, `[..., D + 1]` each."""
 
     mean: Array
-    logvar: Array
+    var: Array
 
 
 Step = tuple[Array, Array, Array]
@@ -164,8 +164,7 @@ def ensemble_mdp(
         def advance(rows: tuple[Array, Array]) -> Step:
             flat, x = rows
             out = heads.forward(weights, state.inputs, x)
-            noise = jax.random.normal(noise_key, flat.shape)
-            target = _perturb(out.mean, jnp.exp(0.5 * out.logvar), noise)
+            target = _perturb(noise_key, out.mean, jnp.sqrt(out.var))
             flat, reward = heads.decode(state, flat, target)
             return flat, reward, heads.survival(state.termination, ending, flat)
 
@@ -177,8 +176,7 @@ def ensemble_mdp(
         out = elites(state, members)
         target = out.mean.mean(0)
         if propagation == "moment_matching":
-            var = jnp.exp(out.logvar).mean(0) + out.mean.var(0)
-            target = _perturb(target, jnp.sqrt(var), jax.random.normal(key, flat.shape))
+            target = _perturb(key, target, jnp.sqrt(out.var.mean(0) + out.mean.var(0)))
         flat, reward = heads.decode(state, flat, target)
         ending = elites(state, state.termination.weights)
         rows = jnp.broadcast_to(flat, (num_elites, *flat.shape))
@@ -207,9 +205,12 @@ def _outcome(
     return flat, Outcome(reward, survival, uncertainty)
 
 
-def _perturb(mean: Array, std: Array, noise: Array) -> Array:
+def _perturb(key: Key, mean: Array, std: Array) -> Array:
     """Add noise to the observation part of targets [..., D + 1]; the reward stays a mean."""
-    return mean.at[..., :-1].add(std[..., :-1] * noise)
+    noise = jax.random.normal(key, (*mean.shape[:-1], mean.shape[-1] - 1))
+    noise = jnp.concatenate([noise, jnp.zeros_like(mean[..., :1])], -1)
+    # Planners map this over plans that share the noise: XLA must not draw it for each.
+    return mean + std * jax.lax.optimization_barrier(noise)
 
 
 def _disagreement(state: EnsembleState, members: Prediction) -> Array:

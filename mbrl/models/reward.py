@@ -15,7 +15,7 @@ from jax.scipy.special import xlogy
 
 from mbrl import normalization, spaces
 from mbrl.losses.regression import (
-    bound_logvar,
+    bounded_variance,
     gaussian_nll,
     symexp,
     symexp_bins,
@@ -124,12 +124,12 @@ def _gaussian_head() -> _Head:
         return moments.mean, moments.std
 
     def moments(out: Array) -> tuple[Array, Array]:
-        return out[..., 0], jnp.exp(bound_logvar(out[..., 1], *LOGVAR_BOUNDS))
+        return out[..., 0], bounded_variance(out[..., 1], *LOGVAR_BOUNDS)
 
     def nll(out: Array, target: Array) -> Array:
         # Plans are made of means: they get the gradient of a squared error, else a rare
         # reward is first explained as noise and then ignored.
-        logvar = bound_logvar(out[..., 1], *LOGVAR_BOUNDS)
+        logvar = jnp.log(bounded_variance(out[..., 1], *LOGVAR_BOUNDS))
         return gaussian_nll(out[..., 0], logvar, target, beta=1.0)
 
     def error(out: Array, target: Array, weight: Array) -> Array:

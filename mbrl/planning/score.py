@@ -20,18 +20,9 @@ Prior = Callable[[Params, Key, State], Array]
 """Policy prior `(params, key, state) -> action [B, ...]` in the units of the environment."""
 
 
-def tile(state: State, particles: int, population: int) -> State:
-    """Repeat every row for particles and plans: [B, ...] -> [Q * B * P, ...].
-
-    Particles are the slowest axis, so that contiguous blocks of rows are independent
-    draws: an ensemble hands each block to another member without moving data.
-    """
-
-    def repeat(x: Array) -> Array:
-        shape = (particles, x.shape[0], population, *x.shape[1:])
-        return jnp.broadcast_to(x[None, :, None], shape).reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(repeat, state)
+def repeat(state: State, num: int) -> State:
+    """Repeat every row: leaves [B, ...] -> [B * num, ...]."""
+    return jax.tree.map(lambda x: jnp.repeat(x, num, 0), state)
 
 
 def score_plans(
@@ -46,6 +37,10 @@ def score_plans(
 ) -> Array:
     """Estimate the return of plans by `config.particles` rollouts each.
 
+    All plans meet the same randomness (common random numbers): particle `q` of every plan
+    sees the same noise and, in an ensemble, the same members. Plans are compared with each
+    other, and what they share cancels in the comparison; drawing the noise costs nothing.
+
     Args:
       mdp: the model.
       plan_space: how to decode plans.
@@ -59,26 +54,25 @@ def score_plans(
     Returns:
       [B, P] risk measure over particles; -inf where any particle left the finite numbers.
     """
-    batch, population, horizon = plans.shape[:3]
-    actions = jnp.moveaxis(plan_space.decode(plans), 2, 0)  # [H, B, P, ...]
-    shape = (config.particles, batch, population)
+    horizon = plans.shape[2]
 
-    def open_loop(key: Key, state: State, t: Array) -> Array:
-        del key, state
-        action = actions[t]
-        tiled = jnp.broadcast_to(action, (*shape[:1], *action.shape))
-        return tiled.reshape(-1, *action.shape[2:])
+    def particle_returns(start: State, actions: Array) -> Array:
+        """Imagine one plan [H, ...] from one state [...]: returns [Q]."""
 
-    start = tile(state, config.particles, population)
-    final, outcome = mdps.rollout(
-        mdp, params, key, start, open_loop, horizon, lambda obs, action, outcome: outcome
-    )
-    discount = config.discount * outcome.discount  # [H, Q * B * P]
-    survival = jnp.cumprod(discount, 0)
-    returns = outcome.reward[0] + jnp.sum(survival[:-1] * outcome.reward[1:], 0)
-    if value is not None:
-        returns = returns + survival[-1] * value(params, final)
-    returns = returns.reshape(shape)
+        def broadcast(x: Array) -> Array:
+            return jnp.broadcast_to(x, (config.particles, *x.shape))
+
+        final, outcome = mdps.rollout(
+            mdp, params, key, jax.tree.map(broadcast, start),
+            lambda key, state, t: broadcast(actions[t]), horizon,
+            lambda obs, action, outcome: outcome,
+        )  # fmt: skip
+        survival = jnp.cumprod(config.discount * outcome.discount, 0)  # [H, Q]
+        returns = outcome.reward[0] + jnp.sum(survival[:-1] * outcome.reward[1:], 0)
+        return returns if value is None else returns + survival[-1] * value(params, final)
+
+    over_plans = jax.vmap(particle_returns, (None, 0), 1)
+    returns = jax.vmap(over_plans, (0, 0), 1)(state, plan_space.decode(plans))  # [Q, B, P]
     finite = jnp.all(jnp.isfinite(returns), 0)
     safe = jnp.where(jnp.isfinite(returns), returns, 0.0)
     return jnp.where(finite, risk(safe, config.risk, config.risk_coef), -jnp.inf)
@@ -100,7 +94,7 @@ def prior_plans(
         del t
         return prior(params, key, state)
 
-    start = tile(state, 1, config.prior_plans)
+    start = repeat(state, config.prior_plans)
     _, actions = mdps.rollout(
         mdp, params, key, start, policy, config.horizon, lambda obs, action, outcome: action
     )

@@ -115,8 +115,28 @@ def test_each_cem_iteration_draws_fresh_noise():
     )  # momentum 1 keeps the distribution: only the noise can differ
     run(mdp._replace(step=spy), config, jnp.zeros((1, 1)))
     jax.effects_barrier()
-    assert len(seen) == 2
-    assert not np.any(np.isclose(np.sort(seen[0], 0), np.sort(seen[1], 0)).all(-1))
+    first, second = np.sort(np.reshape(seen, (2, 16, -1)), 1)  # iterations, plans
+    assert not np.any(np.isclose(first, second).all(-1))
+
+
+def test_plans_are_compared_under_the_same_noise_which_changes_with_the_key():
+    mdp = point_mass([2.0, 3.5])
+
+    def noisy(params: Any, key: Any, state: Any, action: Array) -> Any:
+        state, outcome = mdp.step(params, key, state, action)
+        return state, outcome._replace(reward=jax.random.normal(key, outcome.reward.shape))
+
+    config = dataclasses.replace(SMALL, horizon=3, particles=4)
+    space = plan_space(mdp.spec, config)
+    plans = space.sample(jax.random.key(0), space.prior(2), 5)
+    score = jax.jit(
+        lambda key: score_plans(
+            mdp._replace(step=noisy), space, config, None, key, jnp.zeros((2, 1)), plans
+        )
+    )
+    one, other = score(jax.random.key(1)), score(jax.random.key(2))
+    np.testing.assert_allclose(one, jnp.broadcast_to(one[0, 0], (2, 5)), rtol=1e-5)
+    assert abs(float(one[0, 0] - other[0, 0])) > 1e-3
 
 
 def test_sigma_changes_an_mppi_plan():

@@ -75,7 +75,7 @@ def test_learns_dynamics_reward_noise_and_termination():
     want = 0.1 * np.stack([test.obs[:, 1], test.action[:, 0]], 1)
     np.testing.assert_allclose(mean[..., 0].mean(0), want[:, 0], atol=0.05)
     np.testing.assert_allclose(mean[..., 1].mean(0), want[:, 1], atol=0.02)
-    std = np.exp(0.5 * np.asarray(out.logvar)) * np.asarray(state.targets.std)
+    std = np.sqrt(np.asarray(out.var)) * np.asarray(state.targets.std)
     assert abs(np.median(std[..., 0]) / NOISE - 1.0) < 0.25  # learned aleatoric noise
     assert np.median(std[..., 1]) < 0.01  # and none where there is none
     reward_error = np.abs(mean[..., 2].mean(0) + (test.obs[:, 0] + want[:, 0]) ** 2 + NOISE**2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,25 +43,29 @@ def test_beta_nll_scales_the_gradients_by_the_power_of_the_variance(beta: float)
     np.testing.assert_allclose(traced, reg.gaussian_nll(mean, logvar, target, beta), rtol=1e-6)
 
 
-def test_bound_logvar_is_the_identity_inside_and_saturates_outside() -> None:
-    x = jnp.array([-1e4, -10.0, -5.0, -2.0, 0.5, 1e4])
-    got = reg.bound_logvar(x, -10.0, 0.5)
-    # At a bound the softplus is log 2 away from it.
-    expected = [-10.0, -10 + np.log(2), -5.0, -2.0, 0.5 - np.log(2), 0.5]
-    np.testing.assert_allclose(got, expected, atol=0.09)
-    np.testing.assert_allclose(got[np.array([0, 1, 5])], np.array(expected)[[0, 1, 5]], atol=1e-4)
-    assert np.all(got >= -10.0)
-    assert np.all(got <= 0.5 + 2.8e-5)
+def published_clamp(logvar: Any, low: Any, high: Any) -> Any:
+    below_high = high - jax.nn.softplus(high - logvar)
+    return low + jax.nn.softplus(below_high - low)
 
 
-def test_bound_logvar_keeps_a_gradient_outside_and_moves_learned_bounds() -> None:
-    grad = jax.grad(lambda x, low, high: reg.bound_logvar(x, low, high), (0, 1, 2))
-    above = grad(jnp.float32(6.0), jnp.float32(-10.0), jnp.float32(0.5))
-    below = grad(jnp.float32(-16.0), jnp.float32(-10.0), jnp.float32(0.5))
-    for gradient in (above, below):
-        assert gradient[0] > 1e-3  # a hard clip has exactly 0 here
-    np.testing.assert_allclose(above, [np.exp(-5.5), 0.0, 1.0], atol=0.01)
-    np.testing.assert_allclose(below, [np.exp(-6.0), 1.0, 0.0], atol=0.01)
+def test_bounded_variance_is_the_exponential_of_the_published_clamp() -> None:
+    x = jnp.concatenate([jnp.linspace(-30.0, 20.0, 101), jnp.array([-1e4, 1e4])])
+    want = published_clamp(x, -10.0, 0.5)
+    got = reg.bounded_variance(x, -10.0, 0.5)
+    np.testing.assert_allclose(jnp.log(got), want, atol=5e-5)
+    np.testing.assert_allclose(got[jnp.array([-2, -1])], np.exp([-10.0, 0.5]), rtol=1e-4)
+    np.testing.assert_allclose(reg.bounded_variance(-4.0, -10.0, 0.5), np.exp(-4.0), rtol=0.02)
+
+
+def test_bounded_variance_keeps_a_gradient_outside_and_moves_learned_bounds() -> None:
+    def gradient(function: Any, x: float) -> Any:
+        return jax.grad(function, (0, 1, 2))(jnp.float32(x), jnp.float32(-10.0), jnp.float32(0.5))
+
+    for x in (6.0, -16.0):
+        got = gradient(lambda *args: jnp.log(reg.bounded_variance(*args)), x)
+        assert got[0] > 1e-3  # a hard clip has exactly 0 here
+        np.testing.assert_allclose(got, gradient(published_clamp, x), atol=1e-3)
+        np.testing.assert_allclose(got[1:], [0.0, 1.0] if x > 0 else [1.0, 0.0], atol=0.01)
 
 
 def test_symlog_by_hand_and_its_inverse() -> None:
