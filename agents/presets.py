@@ -14,7 +14,7 @@ from agents import AGENTS
 _LONG = {"horizon": 50, "noise_beta": 0.5}
 """Survival tasks: a plan must reach beyond the last moment at which a fall can be avoided."""
 
-_UNSTABLE = {**_LONG, "init_std": 0.2, "population": 32, "elites": 8}
+_UNSTABLE = {**_LONG, "init_std": 0.2}
 """Half a second of large random forces drops the pole: search close to the last plan."""
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {

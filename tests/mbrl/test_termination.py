@@ -1,0 +1,92 @@
+"""Termination is learned from few ends, for states that were never visited."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mbrl import spaces
+from mbrl.fitting import FitConfig, fit_members
+from mbrl.models.termination import MAX_BALANCE, mix_coordinates, termination_model
+from mbrl.types import EnvSpec, Transition
+
+SPEC = EnvSpec("toy", spaces.box(-np.inf, np.inf, (3,)), spaces.box(-1.0, 1.0, (1,)))
+
+
+def steps(next_obs: Any, ends: Any) -> Transition:
+    num = len(next_obs)
+    nothing = jnp.zeros((num, 1))
+    x = jnp.asarray(next_obs, jnp.float32)
+    return Transition(x, nothing, nothing[:, 0], x, jnp.asarray(ends))
+
+
+def learned(data: Transition, epochs: int = 30) -> Any:
+    model = termination_model(SPEC, 3, 3, lambda flat: flat)
+    everything = jnp.ones(len(data.reward), bool)
+    state = model.standardize(model.init(jax.random.key(0)), data, everything)
+    optimizer = optax.adam(5e-3)
+
+    @jax.jit
+    def fit(key: Any) -> Any:
+        return fit_members(
+            lambda weights, rows: model.loss(weights, state, rows), None, optimizer,
+            state.weights, optimizer.init(state.weights), data, everything, ~everything, key,
+            FitConfig(64, epochs, bootstrap=False),
+        ).weights  # fmt: skip
+
+    state = state._replace(weights=fit(jax.random.key(1)))
+
+    def survival(x: Any) -> Any:
+        x = jnp.broadcast_to(jnp.asarray(x, jnp.float32), (3, *np.shape(x)))
+        return np.asarray(jax.jit(model.survival)(state, state.weights, x).mean(0))
+
+    return survival
+
+
+def visited(num: int) -> np.ndarray:
+    """Draw points along a diagonal: the coordinates move together."""
+    rng = np.random.default_rng(0)
+    along = rng.uniform(-1.0, 1.0, (num, 1))
+    return along * np.array([1.0, 1.0, -1.0]) + 0.05 * rng.normal(size=(num, 3))
+
+
+def test_a_bound_on_one_coordinate_is_found_from_few_ends_and_holds_off_the_data():
+    x = visited(1500)
+    x = x[np.abs(x[:, 0]) < 0.97]
+    ends = np.array([[1.03, 0.7, -0.8], [1.05, 0.5, -0.6], [1.1, 0.8, -0.5]] * 2)
+    ends[3:] *= -1
+    survival = learned(steps(np.concatenate([x, ends]), [False] * len(x) + [True] * 6))
+    off = np.array([[0.5, -0.5, 0.5], [-0.7, 0.7, 0.7], [0.0, 0.8, 0.8], [0.8, -0.8, 0.0]])
+    assert np.all(survival(off) > 0.9)  # safe, but nowhere near what was visited
+    assert np.all(survival([[1.2, -0.5, 0.5], [-1.2, 0.5, 0.5], [1.2, 0.0, 0.0]]) < 0.2)
+
+
+def test_a_rule_over_two_coordinates_together_is_learned_as_well():
+    x = np.random.default_rng(1).uniform(-1.0, 1.0, (1500, 3))
+    survival = learned(steps(x, x[:, 0] * x[:, 1] > 0.3))
+    test = np.random.default_rng(2).uniform(-1.0, 1.0, (1000, 3))
+    product = test[:, 0] * test[:, 1]
+    clear = np.abs(product - 0.3) > 0.15
+    assert np.mean((survival(test) < 0.5)[clear] == (product > 0.3)[clear]) > 0.95
+
+
+def test_mixtures_take_each_coordinate_from_another_row_and_no_terminal_one():
+    x = jnp.arange(15.0).reshape(1, 5, 3)
+    mixed, safe = mix_coordinates(x, jnp.array([[False, True, False, False, False]]))
+    np.testing.assert_array_equal(mixed[0, 0], [0.0, 13.0, 11.0])
+    np.testing.assert_array_equal(safe[0], [True, False, False, False, True])
+
+
+@pytest.mark.parametrize(("ends", "balance"), [(0, 50.0), (1, 50.0), (50, 1.0), (20, 4.0)])
+def test_terminal_steps_are_balanced_within_limits(ends, balance):
+    assert MAX_BALANCE == 50.0
+    model = termination_model(SPEC, 1, 3, lambda flat: flat)
+    data = steps(np.zeros((100, 3)), np.arange(100) < ends)
+    state = model.standardize(model.init(jax.random.key(0)), data, jnp.ones(100, bool))
+    assert float(state.balance) == balance
+    assert bool(state.seen) == (ends > 0)
