@@ -52,6 +52,8 @@ class PETSConfig:
     """What is predicted of the next observation: delta, absolute or angle (P)."""
     learn_bounds: bool = True
     """Learn the log-variance bounds (P)."""
+    nll_beta: float = 0.0
+    """Weight rows of the likelihood by their variance to this power; 0.5 for contacts (M)."""
     reward: Literal["head", "gaussian", "two_hot"] = "head"
     """Output of the ensemble, or a model of its own; two_hot for rare and huge rewards."""
     learning_rate: float = 5e-3
@@ -123,7 +125,7 @@ def make_pets(
     _check(spec, config, reward_fn is not None)
     model = probabilistic_ensemble(
         spec, config.members, config.hidden, config.targets, config.elites,
-        config.learn_bounds, network, config.dtype,
+        config.learn_bounds, config.nll_beta, network, config.dtype,
     )  # fmt: skip
     reward = None
     if config.reward != "head":

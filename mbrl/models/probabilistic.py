@@ -141,6 +141,7 @@ def probabilistic_ensemble(
     targets: Target | Sequence[Target] = "delta",
     num_elites: int | None = None,
     learn_bounds: bool = True,
+    nll_beta: float = 0.0,
     network: Callable[[int], Network] | None = None,
     dtype: str = "float32",
 ) -> ProbabilisticEnsemble:
@@ -158,6 +159,8 @@ def probabilistic_ensemble(
       targets: how each dimension of the next observation is predicted.
       num_elites: predict with the best M members on held-out data; None = all.
       learn_bounds: learn the log-variance bounds, else keep them at -10 and 0.5.
+      nll_beta: weight of a row's likelihood by its own variance to this power. Without it a
+        contact, which is rare and predicted badly, is explained as noise and never learned.
       network: `(out) -> Network`, one member; Linen, Haiku, NNX or plain functions. Used
         for termination as well.
       dtype: of the matrix products in the default network.
@@ -202,7 +205,9 @@ def probabilistic_ensemble(
     def loss(weights: Weights, state: EnsembleState, batch: Transition) -> tuple[Array, Metrics]:
         x, y = codec.regression(batch)
         out = forward(weights, state.inputs, x)
-        nll = gaussian_nll(out.mean, jnp.log(out.var), normalization.normalize(state.targets, y))
+        nll = gaussian_nll(
+            out.mean, jnp.log(out.var), normalization.normalize(state.targets, y), nll_beta
+        )
         spread = (weights.logvar_high - weights.logvar_low).sum((1, 2))
         return nll.mean((1, 2)) + 0.01 * spread, {"model/nll": nll.mean()}
 
