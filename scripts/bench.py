@@ -126,15 +126,15 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         "seeds": lambda: seeds(sizes),
     }
     started = time.perf_counter()
-    rows, width = sizes.gemm
     result: dict[str, Any] = {
         "benchmark": config.what,
         "quick": config.quick,
-        "command": f"mbrl bench {config.what} --repeats {config.repeats}",
+        "command": f"mbrl bench {config.what} --repeats {config.repeats} --parts "
+        + " ".join(config.parts),
         "date": time.strftime("%Y-%m-%d"),
         **machine(),
         "counted": COUNTED,
-        "gemm": {"shape": [rows, width, width], "before_gflops": gemm_rate(sizes.gemm)},
+        "gemm": {"shape": [*sizes.gemm, sizes.gemm[1]], "before_gflops": gemm_rate(sizes.gemm)},
     }  # fmt: skip
     for part in PARTS:
         if part in config.parts:

@@ -158,8 +158,9 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _section(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    sources = list(dict.fromkeys(_source(row) for row in rows))  # one run may fill many rows
     columns: dict[str, list[str]] = {
-        "#": [str(i) for i in range(1, len(rows) + 1)],
+        "#": [str(sources.index(_source(row)) + 1) for row in rows],
         "task": [row["task"] for row in rows],
         "agent": [row.get("agent", "") for row in rows],
         "setting": [row.get("setting", "") for row in rows],
@@ -174,14 +175,17 @@ def _section(name: str, rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"## {name}", "", _line(list(columns)), _line(["---"] * len(columns))]
     lines += [_line(cells) for cells in zip(*columns.values(), strict=True)]
     lines.append("")
-    for i, row in enumerate(rows, 1):
-        versions = ", ".join(f"{k} {v}" for k, v in sorted(row["versions"].items()))
-        note = f" {row['note']}" if row.get("note") else ""
-        lines.append(f"{i}. `{row['command']}`  ")
-        lines.append(
-            f"   {row['date']}, {row['commit'][:12]}, {row['hardware']}; {versions}.{note}"
-        )
+    lines += [f"{i}. {source}" for i, source in enumerate(sources, 1)]
     return "\n".join(lines) + "\n"
+
+
+def _source(row: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in sorted(row["versions"].items()))
+    note = f" {row['note']}" if row.get("note") else ""
+    return (
+        f"`{row['command']}`  \n"
+        f"   {row['date']}, {row['commit'][:12]}, {row['hardware']}; {versions}.{note}"
+    )
 
 
 _VERDICT = {None: "", True: "met", False: "**missed**"}

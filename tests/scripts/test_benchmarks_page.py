@@ -53,7 +53,15 @@ def test_sections_in_order_of_appearance(tmp_path: Path) -> None:
     text = page.render(page.load(tmp_path))
     heads = [line for line in text.splitlines() if line.startswith("## ")]
     assert heads == ["## First", "## Speed", "## PETS"]
+    assert text.count("| 1 | Pendulum-v1") == 4  # the rows of one run share its number
+    assert text.count("1. `mbrl train") == 3
+
+
+def test_rows_of_different_runs_have_numbers_of_their_own(tmp_path: Path) -> None:
+    text = page.render(page.load(written(tmp_path, ROW, ROW, ROW | {"commit": "f" * 16})))
+    assert text.count("| 1 | Pendulum-v1") == 2
     assert text.count("| 2 | Pendulum-v1") == 1
+    assert "2. `mbrl train pets --env Pendulum-v1`  \n   2026-11-30, ffffffffffff" in text
 
 
 @pytest.mark.parametrize(
