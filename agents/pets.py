@@ -183,28 +183,26 @@ def make_pets(
         train, held = valid & ~holdout, valid & holdout
         model_key, ending_key, reward_key = jax.random.split(key, 3)
 
-        def learn(part: Any, params: Any, opt_state: Any, key: Key) -> Any:
+        def learn(
+            part: Any, params: Any, opt_state: Any, rows: Array, key: Key, config: FitConfig,
+            error: Any = None,
+        ) -> tuple[Any, Fit]:  # fmt: skip
             params = part.standardize(params, data, valid)
             fit = fit_members(
                 lambda weights, rows: part.loss(weights, params, rows),
-                lambda weights, rows, mask: part.error(weights, params, rows, mask),
-                optimizer, params.weights, opt_state, data, train, held, key, fit_config,
+                error and (lambda weights, rows, mask: error(weights, params, rows, mask)),
+                optimizer, params.weights, opt_state, data, rows, held, key, config,
             )  # fmt: skip
             return params._replace(weights=fit.weights), fit
 
-        def learn_termination(params: Any, opt_state: Any, key: Key) -> Any:
-            part = model.termination
-            params = part.standardize(params, data, valid)
-            fit = fit_members(
-                lambda weights, rows: part.loss(weights, params, rows), None, optimizer,
-                params.weights, opt_state, data, valid & params.seen, held, key, ending_config,
-            )  # fmt: skip
-            return params._replace(weights=fit.weights), fit
-
-        params, fit = learn(model, state.model, state.opt_state, model_key)
-        ending, ending_fit = learn_termination(
-            params.termination, state.termination_opt_state, ending_key
+        params, fit = learn(
+            model, state.model, state.opt_state, train, model_key, fit_config, model.error
         )
+        ended = jnp.any(valid & data.is_terminal)  # before that there is nothing to learn
+        ending, ending_fit = learn(
+            model.termination, params.termination, state.termination_opt_state,
+            valid & ended, ending_key, ending_config,
+        )  # fmt: skip
         elites = jnp.argsort(fit.error)[: config.elites]
         params = params._replace(elites=elites, termination=ending)
         state = state._replace(
@@ -215,7 +213,10 @@ def make_pets(
             "model/termination_loss": ending_fit.metrics["model/loss"],
         }
         if reward is not None:
-            head, fit = learn(reward, state.reward, state.reward_opt_state, reward_key)
+            head, fit = learn(
+                reward, state.reward, state.reward_opt_state,
+                train, reward_key, fit_config, reward.error,
+            )  # fmt: skip
             state = state._replace(reward=head, reward_opt_state=fit.opt_state)
             metrics |= _metrics("reward", fit)
         return state, metrics, None

@@ -53,6 +53,24 @@ def start_state(
     return DeviceState(start_learners(factory, env.spec, config, hyper), env_state, keys)
 
 
+def _check_finite(state: DeviceState, step: int) -> None:
+    """Refuse what a compiled loop cannot stop at: NaN or Inf in the records of a simulator.
+
+    Raises:
+      ValueError: naming the leaf, the environment and the seed.
+    """
+    record = state.learner.ring.record
+    for path, leaf in jax.tree.leaves_with_path({"obs": record.obs, "reward": record.reward}):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            bad = np.argwhere(~jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(-1))
+            if len(bad):
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)}: NaN or Inf from environment {bad[0][1]} of "
+                    f"seed number {bad[0][0]}, in the steps up to {step}; look for a division, "
+                    "a root or a logarithm in the `step` of the MDP"
+                )
+
+
 def run_device(
     factory: AgentFactory,
     env: MDP,
@@ -144,6 +162,7 @@ def run_device(
             once = partial(stretch, length=length, mode=mode, update=length == due)
             state, metrics, episodes = compiled(once)(state, hyper)
             step += length
+        _check_finite(state, step * config.num_envs)
         done = {"state": state, "step": np.int64(step)}
         yield Report(
             step * config.num_envs, state.learner, fetch(metrics), fetch(episodes),

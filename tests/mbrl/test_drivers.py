@@ -316,3 +316,20 @@ def test_host_environments_must_fit_the_configuration():
         next(run([StreamEnv(mdp, 1)], DriverConfig(10, 1, (0, 1))))
     with pytest.raises(ValueError, match="configuration says 2, the environment has 3"):
         next(run([StreamEnv(mdp, 3)], DriverConfig(10, 2)))
+
+
+@pytest.mark.parametrize("leaf", ["obs", "reward"])
+def test_a_simulator_that_breaks_is_named_and_no_report_holds_what_it_gave(leaf):
+    mdp = counter_mdp()
+
+    def step(params, key, state, action):
+        state, outcome = mdp.step(params, key, state, action)
+        broken = (state[:, 0] == 3) & (jnp.arange(len(state)) == 1)
+        if leaf == "obs":
+            return jnp.where(broken[:, None], jnp.nan, state), outcome
+        return state, outcome._replace(reward=jnp.where(broken, jnp.inf, outcome.reward))
+
+    config = DriverConfig(130, num_envs=2, seeds=(3, 8), interval=40)
+    broken: Any = run_device(linear(mdp), mdp._replace(step=step), config)
+    with pytest.raises(ValueError, match=rf"\['{leaf}'\].* environment 1 of seed number 0.*to 20"):
+        next(broken)
