@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 if __name__ == "__main__":  # run as a file: imports start at the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -102,12 +102,24 @@ def main(argv: list[str]) -> int:
     name = f"{argv[0]}-{config.env.replace('/', '-').replace(':', '-')}-{config.seed}"
     out = Path(config.out or Path("runs") / name)
     out.mkdir(parents=True, exist_ok=True)
-    with run_directory.Lock(out), run_directory.StopSignal() as stop:
+    with run_directory.Lock(out):
         _check_settings(out, job, config)
-        finished = _train(out, job, config, stop)
-    if not finished:
-        print(f"stopped and saved; resume with: mbrl train {shlex.join(argv)}", file=sys.stderr)
-    return 0 if finished else 75
+        restored = runs.restore(job, out)
+        if restored is not None:
+            print(f"resuming {out} at step {restored.step} of {config.steps}", file=sys.stderr)
+        resumed = None if restored is None else restored.step
+        with MetricsWriter(out, resumed, config.tensorboard, config.wandb) as log:
+            with run_directory.StopSignal() as stop:
+                trained = _train(out, job, config, restored, log, stop)
+            # Signals have their usual effect again: all that training made is on disk.
+            if trained.step >= config.steps and config.eval_episodes:
+                _evaluate_once(out, job, config, trained, log)
+    if trained.step >= config.steps:
+        return 0
+    saved = "saved" if trained.saved == trained.step else f"NOT saved after step {trained.saved}"
+    command = f"mbrl train {shlex.join(argv)}"
+    print(f"stopped at step {trained.step}, {saved}; resume with: {command}", file=sys.stderr)
+    return 75
 
 
 def _check_settings(out: Path, job: runs.Run, config: TrainConfig) -> None:
@@ -130,35 +142,34 @@ def _check_settings(out: Path, job: runs.Run, config: TrainConfig) -> None:
     run_directory.write_config(out, current)
 
 
-def _train(out: Path, job: runs.Run, config: TrainConfig, stop: run_directory.StopSignal) -> bool:
-    """Train from the newest save to the end; returns False when stopped before it."""
-    restored = runs.restore(job, out)
-    step = 0 if restored is None else restored.step
-    if restored is not None:
-        print(f"resuming {out} at step {step} of {config.steps}", file=sys.stderr)
-    snapshot = None if restored is None else restored.tree
-    with MetricsWriter(
-        out, None if restored is None else step, config.tensorboard, config.wandb
-    ) as log:
-        with Progress(f"{job.agent_name} {job.env_id}", step, config.steps) as progress:
-            saved, report = step, None
-            for report in runs.train(job, snapshot, lambda: stop.requested):
-                step = report.step
-                progress.update(step, _write(log, job, report))
-                if step - saved >= config.save_every or step >= config.steps or stop.requested:
-                    snapshot = report.snapshot()
-                    log.sync()
-                    saved = _save(out, step, snapshot, saved)
-                _stop_if_diverged(out, report)
-            if report is not None and saved < step:  # the stop came late, or a save failed
-                _save(out, step, report.snapshot(), saved)
-        if step < config.steps:
-            return False
-        if report is None and _is_evaluated(out, step, config.eval_episodes):
-            print(f"{out} is finished: its returns are in {out / EVALUATION}", file=sys.stderr)
-        elif config.eval_episodes and snapshot is not None:
-            _evaluate(out, job, snapshot, config, log, step)
-    return True
+class Trained(NamedTuple):
+    """Where training has come to: the step, the newest save, and what a save holds."""
+
+    step: int
+    saved: int
+    snapshot: Any
+
+
+def _train(
+    out: Path, job: runs.Run, config: TrainConfig, restored: checkpoint.Restored | None,
+    log: MetricsWriter, stop: run_directory.StopSignal,
+) -> Trained:  # fmt: skip
+    """Train from the newest save to the end, or until asked to stop."""
+    step = saved = 0 if restored is None else restored.step
+    snapshot, report = None if restored is None else restored.tree, None
+    with Progress(f"{job.agent_name} {job.env_id}", step, config.steps) as progress:
+        for report in runs.train(job, snapshot, lambda: stop.requested):
+            step = report.step
+            progress.update(step, _write(log, job, report))
+            if step - saved >= config.save_every or step >= config.steps or stop.requested:
+                snapshot = report.snapshot()
+                log.sync()
+                saved = _save(out, step, snapshot, saved)
+            _stop_if_diverged(out, report)
+        if report is not None and saved < step:  # the stop came late, or a save failed
+            snapshot = report.snapshot()
+            saved = _save(out, step, snapshot, saved)
+    return Trained(step, saved, snapshot)
 
 
 def _write(log: MetricsWriter, job: runs.Run, report: Report) -> float | None:
@@ -209,6 +220,23 @@ def _is_evaluated(out: Path, step: int, episodes: int) -> bool:
         return result["step"] == step and set(counts) == {episodes}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
+
+
+def _evaluate_once(
+    out: Path, job: runs.Run, config: TrainConfig, trained: Trained, log: MetricsWriter
+) -> None:
+    """Evaluate unless an earlier call has; a failure is announced, the run is whole (F19)."""
+    if _is_evaluated(out, trained.step, config.eval_episodes):
+        print(f"{out} is finished: its returns are in {out / EVALUATION}", file=sys.stderr)
+        return
+    try:
+        _evaluate(out, job, trained.snapshot, config, log, trained.step)
+    except Exception as error:
+        print(
+            f"warning: evaluation failed ({type(error).__name__}: {error}); training is complete "
+            f"and saved; try again with: mbrl evaluate {shlex.quote(str(out))}",
+            file=sys.stderr,
+        )
 
 
 def _evaluate(

@@ -1,8 +1,9 @@
-"""Faults that a training command meets in its own process: F2, F3, F5, F8 to F12, F15."""
+"""Faults that a training command meets in its own process: F2, F3, F5, F8 to F12, F15, F19."""
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -64,14 +65,41 @@ def test_f2_a_signal_saves_and_the_same_command_goes_on(name, whole, fault, tmp_
     out = tmp_path / "run"
     assert train(out) == 75
     text = capsys.readouterr().err
-    assert "stopped and saved; resume with: mbrl train pets --out" in text
     (stopped,) = saves(out)[-1:]
+    resume = f"stopped at step {int(stopped[5:])}, saved; resume with: mbrl train pets --out"
+    assert resume in text
     assert stopped not in ("step_000000030", "step_000000040")
     assert train(out) == 0
     assert f"resuming {out} at step {int(stopped[5:])} of 60" in capsys.readouterr().err
     assert digest(out) == digest(whole)
     steps = [line["step"] for line in read(out) if "model/loss" in line]
     assert steps == sorted(set(steps))
+
+
+def test_f2_a_stop_that_cannot_save_says_so(fault, tmp_path, capsys, monkeypatch):
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    fault("SIGTERM", 32)
+    assert train(tmp_path / "run") == 75
+    text = capsys.readouterr().err
+    assert re.search(r"warning: step \d+ is not saved \(No space", text)
+    assert re.search(r"stopped at step \d+, NOT saved after step 0; resume", text)
+
+
+def test_f19_an_evaluation_that_fails_leaves_the_run_whole(tmp_path, capsys, monkeypatch, whole):
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no display")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "evaluate", broken)
+        assert train(out, "--eval-episodes", "1") == 0
+    assert "warning: evaluation failed (RuntimeError: no display)" in capsys.readouterr().err
+    assert digest(out) == digest(whole)
+    assert train(out, "--eval-episodes", "1") == 0  # now it is made up for
+    assert len(json.loads((out / job.EVALUATION).read_text())["seeds"]["0"]["returns"]) == 1
 
 
 def flip(file: Path) -> None:
