@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +187,6 @@ def make_pets(
             part: Any, params: Any, opt_state: Any, rows: Array, key: Key, config: FitConfig,
             error: Any = None,
         ) -> tuple[Any, Fit]:  # fmt: skip
-            params = part.standardize(params, data, valid)
             fit = fit_members(
                 lambda weights, rows: part.loss(weights, params, rows),
                 error and (lambda weights, rows, mask: error(weights, params, rows, mask)),
@@ -195,13 +194,14 @@ def make_pets(
             )  # fmt: skip
             return params._replace(weights=fit.weights), fit
 
+        params = model.standardize(state.model, data, valid)
         params, fit = learn(
-            model, state.model, state.opt_state, train, model_key, fit_config, model.error
+            model, params, state.opt_state, train, model_key, fit_config, model.error
         )
-        ended = jnp.any(valid & data.is_terminal)  # before that there is nothing to learn
+        ending = model.termination.standardize(params.termination, data, valid)
         ending, ending_fit = learn(
-            model.termination, params.termination, state.termination_opt_state,
-            valid & ended, ending_key, ending_config,
+            model.termination, ending, state.termination_opt_state,
+            valid & ending.unexplained, ending_key, ending_config,
         )  # fmt: skip
         elites = jnp.argsort(fit.error)[: config.elites]
         params = params._replace(elites=elites, termination=ending)
@@ -213,10 +213,10 @@ def make_pets(
             "model/termination_loss": ending_fit.metrics["model/loss"],
         }
         if reward is not None:
+            head = reward.standardize(cast(RewardState, state.reward), data, valid)
             head, fit = learn(
-                reward, state.reward, state.reward_opt_state,
-                train, reward_key, fit_config, reward.error,
-            )  # fmt: skip
+                reward, head, state.reward_opt_state, train, reward_key, fit_config, reward.error
+            )
             state = state._replace(reward=head, reward_opt_state=fit.opt_state)
             metrics |= _metrics("reward", fit)
         return state, metrics, None

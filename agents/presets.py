@@ -11,17 +11,17 @@ from typing import Any
 
 from agents import AGENTS
 
-_LONG = {"horizon": 50, "noise_beta": 0.5}
+_LONG = {"horizon": 75, "noise_beta": 0.5}
 """Survival tasks: a plan must reach beyond the last moment at which a fall can be avoided."""
 
-_UNSTABLE = {**_LONG, "init_std": 0.2}
+_UNSTABLE = {"horizon": 50, "noise_beta": 0.5, "init_std": 0.2}
 """Half a second of large random forces drops the pole: search close to the last plan."""
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _LONG},
     ("pets", "device/CartPole"): {"planner": _LONG},
     # The cart hits the ends of its rail: the likelihood alone takes that for noise.
-    ("pets", "InvertedPendulum-v5"): {"planner": _UNSTABLE, "nll_beta": 0.5},
+    ("pets", "InvertedPendulum-v5"): {"planner": _UNSTABLE, "nll_beta": 0.25},
 }
 
 

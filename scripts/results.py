@@ -145,7 +145,7 @@ def _rows_of(group: Sequence[tuple[Path, dict[str, Any]]], note: str) -> list[Ro
         "seeds": len(values),
         "values": values,
         "command": command([s for _, s in done]),
-        **_origin(saved["versions"]),
+        **origin(saved["versions"]),
         "commit": commits.pop(),
         "date": _date(max((folder / "evaluation.json").stat().st_mtime for folder, _ in done)),
         "note": note,
@@ -202,7 +202,7 @@ def command(configs: Sequence[Mapping[str, Any]]) -> str:
     return " && ".join(words)
 
 
-def _origin(versions: Mapping[str, str]) -> Row:
+def origin(versions: Mapping[str, str]) -> Row:
     """Split the versions of a run into those of packages and the machine."""
     packages = dict(versions)
     packages.pop("commit", None)
