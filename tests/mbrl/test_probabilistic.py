@@ -216,12 +216,55 @@ def test_log_variance_bounds_are_learned_only_when_asked_and_never_decayed():
             return model.loss(weights, state, batch)[0].sum()
 
         grads = gradient(state.weights)
-        # Beyond the penalty on their distance, whose gradient is 0.01 everywhere:
-        moved = np.any(np.abs(grads.logvar_high - 0.01) > 1e-6)
+        # Beyond the penalty on their distance, whose gradient is the same everywhere:
+        moved = np.any(np.abs(grads.logvar_high - 0.01 / 3) > 1e-6)
         assert moved == learned
         mask = optim.decay_mask(state.weights)
         assert not mask.logvar_low and not mask.logvar_high
         assert mask.network["Dense_0"]["kernel"] and not mask.network["Dense_0"]["bias"]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25])
+def test_rare_noise_is_told_from_none(beta):
+    """Few rows need a large variance; the bounds must neither collapse nor cross."""
+    model = probabilistic_ensemble(SPEC, 2, (32, 32), nll_beta=beta)
+    data = toy_data(1500)
+    rare = data.obs[:, 1] > 0.9
+    quiet = data.next_obs.at[:, 0].set(data.obs[:, 0] + 0.1 * data.obs[:, 1])
+    data = data._replace(next_obs=jnp.where(rare[:, None], data.next_obs, quiet))
+    everything = jnp.ones(1500, bool)
+    state = model.standardize(model.init(jax.random.key(0)), data, everything)
+    optimizer = optax.adam(5e-3)
+
+    @jax.jit
+    def fit(key):
+        return fit_members(
+            lambda weights, rows: model.loss(weights, state, rows), None, optimizer,
+            state.weights, optimizer.init(state.weights), data, everything, ~everything, key,
+            FitConfig(batch_size=64, max_epochs=120),
+        ).weights  # fmt: skip
+
+    weights = fit(jax.random.key(1))
+    assert np.all(weights.logvar_high > weights.logvar_low)
+    obs = jnp.array([[0.0, 0.0], [0.5, 0.5], [0.0, 0.95]])
+    var = model.predict(state._replace(weights=weights), obs, jnp.zeros((3, 1))).var.mean(0)
+    sd = np.sqrt(np.asarray(var)) * np.asarray(state.targets.std)
+    assert np.all(sd[:2, 0] < 0.2 * NOISE)
+    assert 0.5 * NOISE < sd[2, 0] < 2.0 * NOISE
+
+
+def test_the_loss_weighs_rows_by_their_variance():
+    batch = toy_data(16)
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape)), batch)
+    y = jnp.concatenate([batch.next_obs - batch.obs, batch.reward[:, None]], 1)
+    for beta in (0.0, 0.5):
+        model = probabilistic_ensemble(SPEC, 2, (8,), nll_beta=beta)
+        state = model.standardize(model.init(jax.random.key(0)), batch, jnp.ones(16, bool))
+        out = model.predict(state, batch.obs, batch.action)
+        error = (y - state.targets.mean) / state.targets.std - out.mean
+        nll = 0.5 * (error**2 / out.var + jnp.log(2 * np.pi * out.var)) * out.var**beta
+        want = nll.mean((1, 2)) + 0.01 * (0.5 + 10.0)
+        np.testing.assert_allclose(model.loss(state.weights, state, rows)[0], want, rtol=1e-5)
 
 
 # --- fitting ----------------------------------------------------------------------------
