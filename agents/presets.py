@@ -21,6 +21,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _LONG},
     ("pets", "device/CartPole"): {"planner": _LONG},
     # The cart hits the ends of its rail: the likelihood alone takes that for noise.
+    ("pets", "Reacher-v5"): {"train_every": 250, "batch_size": 256},
     ("pets", "InvertedPendulum-v5"): {"planner": _UNSTABLE, "nll_beta": 0.25},
 }
 
