@@ -20,8 +20,8 @@ _UNSTABLE = {"horizon": 50, "noise_beta": 0.5, "init_std": 0.2}
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _LONG},
     ("pets", "device/CartPole"): {"planner": _LONG},
-    # The cart hits the ends of its rail: the likelihood alone takes that for noise.
     ("pets", "Reacher-v5"): {"train_every": 250, "batch_size": 256},
+    # The cart hits the ends of its rail: the likelihood alone takes that for noise.
     ("pets", "InvertedPendulum-v5"): {"planner": _UNSTABLE, "nll_beta": 0.25},
 }
 
