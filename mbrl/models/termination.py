@@ -18,8 +18,12 @@ MAX_BALANCE = 50.0
 """Of a terminal step against another one in the loss."""
 
 
+UNKNOWN = float(jnp.finfo(jnp.float32).max)
+"""Size of a bound that no data tell of; finite, as all that is learned and saved."""
+
+
 class Bounds(NamedTuple):
-    """An interval per coordinate [E] that no episode has left alive; infinite where unknown."""
+    """An interval per coordinate [E] that no episode has left alive."""
 
     low: Array
     high: Array
@@ -92,7 +96,7 @@ def fit_bounds(x: Array, survived: Array, ended: Array) -> Bounds:
         return left & ~explained[:, best], taken
 
     taken = jax.lax.fori_loop(0, 2 * size, take, (ended, jnp.zeros(2 * size, bool)))[1]
-    bound = jnp.where(taken & jnp.isfinite(last), (last + first) / 2, jnp.inf)
+    bound = jnp.where(taken & jnp.isfinite(last), (last + first) / 2, UNKNOWN)
     return Bounds(-bound[size:], bound[:size])
 
 
@@ -126,7 +130,7 @@ def termination_model(
 
     def init(key: Key) -> TerminationState:
         weights = classifier.init(key, jnp.zeros((num_members, 1, num_inputs)))
-        unknown = jnp.full(num_inputs, jnp.inf)
+        unknown = jnp.full(num_inputs, UNKNOWN)
         return TerminationState(
             weights, normalization.empty((num_inputs,)), Bounds(-unknown, unknown),
             jnp.zeros((), bool), jnp.ones(()),

@@ -12,7 +12,7 @@ import pytest
 
 from mbrl import spaces
 from mbrl.fitting import FitConfig, fit_members
-from mbrl.models.termination import MAX_BALANCE, fit_bounds, termination_model
+from mbrl.models.termination import MAX_BALANCE, UNKNOWN, fit_bounds, termination_model
 from mbrl.types import EnvSpec, Transition
 
 SPEC = EnvSpec("toy", spaces.box(-np.inf, np.inf, (3,)), spaces.box(-1.0, 1.0, (1,)))
@@ -63,16 +63,16 @@ def test_bounds_are_found_from_few_ends_and_hold_far_from_the_data():
 
 
 def test_a_bound_is_taken_only_where_it_explains_an_end_that_others_do_not():
-    nan, inf = 9e9, np.inf  # rows that are neither: not to be looked at
-    x = np.array([[0.0, 0.0], [1.0, 2.0], [3.0, 2.5], [5.0, 1.0], [0.5, -4.0], [nan, nan]])
+    odd = 9e9  # rows that are neither: not to be looked at
+    x = np.array([[0.0, 0.0], [1.0, 2.0], [3.0, 2.5], [5.0, 1.0], [0.5, -4.0], [odd, odd]])
     survived = np.array([1, 1, 0, 0, 0, 0], bool)
     ended = np.array([0, 0, 1, 1, 1, 0], bool)
     bounds = jax.jit(fit_bounds)(x, survived, ended)
     # [3, 2.5] is beyond every survivor in both coordinates; one bound explains it.
-    np.testing.assert_array_equal(bounds.high, [2.0, inf])
-    np.testing.assert_array_equal(bounds.low, [-inf, -2.0])
+    np.testing.assert_array_equal(bounds.high, [2.0, UNKNOWN])
+    np.testing.assert_array_equal(bounds.low, [-UNKNOWN, -2.0])
     nothing = jax.jit(fit_bounds)(x, survived & False, ended)
-    np.testing.assert_array_equal(np.concatenate([nothing.high, -nothing.low]), inf)
+    np.testing.assert_array_equal(np.concatenate([nothing.high, -nothing.low]), UNKNOWN)
 
 
 def test_a_rule_over_two_coordinates_together_is_left_to_the_network_and_calibrated():
