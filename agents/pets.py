@@ -208,10 +208,8 @@ def make_pets(
         state = state._replace(
             model=params, opt_state=fit.opt_state, termination_opt_state=ending_fit.opt_state
         )
-        metrics = {
-            **_metrics("model", fit),
-            "model/termination_loss": ending_fit.metrics["model/loss"],
-        }
+        metrics = _metrics("model", fit)
+        metrics["model/termination_loss"] = ending_fit.metrics["model/loss"]
         if reward is not None:
             head = reward.standardize(cast(RewardState, state.reward), data, valid)
             head, fit = learn(
