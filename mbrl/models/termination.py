@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from mbrl import normalization, spaces
+from mbrl.losses.regression import binary_nll
 from mbrl.networks.core import ensemble, mlp
 from mbrl.normalization import Moments
 from mbrl.types import Array, EnvSpec, Key, Metrics, Network, Params, Transition
@@ -155,7 +155,7 @@ def termination_model(
 
     def loss(weights: Params, state: TerminationState, batch: Transition) -> tuple[Array, Metrics]:
         x = embedded(batch)
-        nll = optax.sigmoid_binary_cross_entropy(log_odds(state, weights, x), batch.is_terminal)
+        nll = binary_nll(log_odds(state, weights, x), batch.is_terminal)
         weight = jnp.where(batch.is_terminal, state.balance, 1.0) * state.bounds.inside(x)
         return (weight * nll).mean(1), {}
 

@@ -94,6 +94,9 @@ def run_device(
     Yields:
       A `Report` per interval, the last one at `config.steps`. Its learner is only valid
       until the next one is asked for: its memory is then reused.
+
+    Raises:
+      ValueError: when the simulator has yielded NaN or Inf; no report holds them.
     """
     hyper = hyper or {}
     stream = episodic(env, env.spec.max_episode_steps)
