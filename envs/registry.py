@@ -25,8 +25,11 @@ from envs.ondevice import (
     cartpole_swingup,
     catch,
     gridworld,
+    memory_chain,
     mountain_car,
     pendulum,
+    pixel_catch,
+    pixel_gridworld,
 )
 from envs.spec import observation_space
 from mbrl.types import MDP
@@ -39,6 +42,9 @@ DEVICE: dict[str, Callable[..., MDP]] = {
     "device/MountainCarContinuous": mountain_car.make,
     "device/Catch": catch.make,
     "device/GridWorld": gridworld.make,
+    "device/PixelCatch": pixel_catch.make,
+    "device/PixelGridWorld": pixel_gridworld.make,
+    "device/MemoryChain": memory_chain.make,
 }
 """Factories of the simulators that run on the device."""
 

@@ -29,6 +29,11 @@ class GridWorldState(NamedTuple):
     column: Array
 
 
+def corners(size: int) -> GridWorldParams:
+    """Return the default parameters: from the upper left to the lower right corner."""
+    return GridWorldParams((0, 0), (size - 1, size - 1))
+
+
 def make(size: int = 5, max_episode_steps: int = 100) -> MDP:
     """Make a `size` x `size` room: reward 1 on entering the goal, where episodes end.
 
@@ -40,14 +45,14 @@ def make(size: int = 5, max_episode_steps: int = 100) -> MDP:
 
     Returns:
       `MDP` with a one-hot cell `[size * size]` as observation and four actions. Its
-      parameters are `GridWorldParams`; None = from the upper left to the lower right.
+      parameters are `GridWorldParams`; None = `corners(size)`.
 
     Raises:
       ValueError: for a room without a second cell.
     """
     if size < 2:
         raise ValueError(f"size: expected at least 2, got {size}")
-    corner = GridWorldParams((0, 0), (size - 1, size - 1))
+    default = corners(size)
 
     def init(
         params: GridWorldParams | None, key: Key, obs: Array | None = None, batch: int = 1
@@ -55,11 +60,11 @@ def make(size: int = 5, max_episode_steps: int = 100) -> MDP:
         if obs is not None:
             cell = jnp.argmax(jnp.asarray(obs), -1).astype(jnp.int32)
             return GridWorldState(cell // size, cell % size)
-        start = jnp.asarray((corner if params is None else params).start, jnp.int32)
+        start = jnp.asarray((default if params is None else params).start, jnp.int32)
         return GridWorldState(*(jnp.full((batch,), start[i], jnp.int32) for i in range(2)))
 
     def at_goal(params: GridWorldParams | None, row: Array, column: Array) -> Array:
-        goal = jnp.asarray((corner if params is None else params).goal, jnp.int32)
+        goal = jnp.asarray((default if params is None else params).goal, jnp.int32)
         return (row == goal[0]) & (column == goal[1])
 
     def step(

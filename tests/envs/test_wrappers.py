@@ -66,6 +66,23 @@ def test_pixels_need_a_picture():
         pixels(Quarters(), 0)
 
 
+def test_pictures_of_cartpole_are_means_of_its_frames():
+    pytest.importorskip("pygame")
+    env = pixels(gym.make("CartPole-v1", render_mode="rgb_array"), 50)
+    first, _ = env.reset(seed=3)
+    image = first
+    for action in (0, 0, 1, 0, 0, 0):
+        frame = np.asarray(env.unwrapped.render(), float)  # 400 x 600 pixels
+        means = frame.reshape(50, 8, 50, 12, 3).mean((1, 3))
+        np.testing.assert_allclose(image, means, atol=1)
+        image, *_ = env.step(action)
+    assert not np.array_equal(image, first)
+    made = envs.make("CartPole-v1", pixels=64)
+    assert isinstance(made, HostEnv)
+    start = made.reset(0).obs
+    assert (start.shape, start.dtype) == ((1, 64, 64, 3), np.uint8)
+
+
 def test_make_with_pixels_and_repeated_actions():
     pytest.importorskip("pygame")
     env = envs.make("Pendulum-v1", pixels=16, action_repeat=3)
