@@ -1,4 +1,4 @@
-"""Optimizer parts beside optax: ensembles, skipped updates, target networks, weight decay."""
+"""Optimizer parts beside optax: clipping, LaProp, skipped updates, target networks, decay."""
 
 from __future__ import annotations
 
@@ -50,6 +50,95 @@ def clip_by_member_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(scale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def adaptive_gradient_clip(
+    clip: Array | float = 0.3, min_norm: Array | float = 1e-3
+) -> optax.GradientTransformation:
+    """Clip the update of every tensor to a fraction of the norm of that tensor.
+
+    `u *= 1 / max(1, |u| / (clip * max(min_norm, |p|)))`, where norms are those of whole
+    tensors; `optax.adaptive_grad_clip` takes one norm for each output unit. A stack of
+    ensemble members is one tensor, unless it is mapped over.
+
+    Reference: Brock et al. 2021 (arXiv:2102.06171); over whole tensors in DreamerV3,
+    Hafner et al. 2023 (arXiv:2301.04104).
+
+    Args:
+      clip: largest norm of an update, as a fraction of the norm of its parameters; > 0.
+      min_norm: norm below which that of the parameters does not count, so that tensors
+        which begin at zero can leave it; > 0.
+
+    Returns:
+      A stateless transformation that needs `params`. Put it before the optimizer in
+      `optax.chain`: behind one it would bound the step and not the gradient.
+
+    Raises:
+      ValueError: for a bound that is not positive; at an update without parameters.
+    """
+    for name, value in (("clip", clip), ("min_norm", min_norm)):
+        if not isinstance(value, jax.Array) and value <= 0:
+            raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+    def shorten(u: Array, p: Array) -> Array:
+        limit = clip * jnp.maximum(min_norm, jnp.linalg.norm(p.astype(jnp.float32)))
+        ratio = jnp.linalg.norm(u.astype(jnp.float32)) / limit
+        return u * (1.0 / jnp.maximum(1.0, ratio)).astype(u.dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError(
+                "params: adaptive_gradient_clip compares updates with parameters and got None; "
+                "call update(updates, state, params)"
+            )
+        return jax.tree.map(shorten, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def laprop(
+    learning_rate: Array | float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-20,
+    warmup: int = 0,
+) -> optax.GradientTransformation:
+    """Make LaProp: RMSProp first, then momentum over what it has normalized.
+
+    With bias-corrected moments `nu` and `mu`: `nu <- b2 nu + (1 - b2) g^2`,
+    `mu <- b1 mu + (1 - b1) g / (sqrt(nu) + eps)`, and the update is `-lr mu`. Adam divides
+    the momentum instead, so that one large gradient shrinks the steps before it as well.
+
+    Reference: LaProp, Ziyin et al. 2020 (arXiv:2002.04839).
+
+    Args:
+      learning_rate: of the updates after the warm-up; may be traced.
+      beta1: decay of the momentum, in [0, 1).
+      beta2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, in units of the gradient.
+      warmup: updates over which the learning rate rises: the n-th, from 1, is scaled by
+        `min(1, n / warmup)`; 0 = none.
+
+    Returns:
+      An optimizer, its sign included: `optax.apply_updates` adds what it yields.
+
+    Raises:
+      ValueError: for a negative `warmup`.
+    """
+    if warmup < 0:
+        raise ValueError(f"warmup: expected a number of updates of at least 0, got {warmup}")
+
+    def schedule(count: Any) -> Array:
+        return learning_rate * jnp.minimum(1.0, (count + 1) / max(warmup, 1))
+
+    return optax.chain(
+        optax.scale_by_rms(beta2, eps, eps_in_sqrt=False, bias_correction=True),
+        # |g| / sqrt(nu) never exceeds this bound, but squares of gradients below 1e-16
+        # vanish in float32, and g / eps alone may be 1e4.
+        optax.clip((1.0 - beta2) ** -0.5),
+        optax.ema(beta1, debias=True),
+        optax.scale_by_learning_rate(schedule),
+    )
 
 
 class FiniteState(NamedTuple):

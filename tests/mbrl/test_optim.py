@@ -121,6 +121,175 @@ def test_skipping_is_per_seed_under_vmap() -> None:
     np.testing.assert_array_equal(updates[1], 0.0)
 
 
+def test_adaptive_clip_by_hand() -> None:
+    # Norms of the parameters: 5, 0 (counts as 0.001) and 2; a tenth of them is allowed.
+    params = {"a": jnp.array([[3.0], [4.0]]), "b": jnp.zeros(2), "c": jnp.array(-2.0)}
+    grads = {
+        "a": jnp.array([[0.0], [2.0]]),
+        "b": jnp.array([3e-4, 4e-4]),
+        "c": jnp.array(-0.1),
+    }
+    clip: Any = optim.adaptive_gradient_clip(0.1, min_norm=1e-3)
+    out, _ = jax.jit(clip.update)(grads, clip.init(params), params)
+    np.testing.assert_allclose(out["a"], [[0.0], [0.5]], rtol=1e-6)
+    np.testing.assert_allclose(out["b"], [6e-5, 8e-5], rtol=1e-6)
+    np.testing.assert_array_equal(out["c"], grads["c"])
+
+
+def test_adaptive_clip_has_one_norm_per_tensor_and_leaves_small_gradients_alone() -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"a": jax.random.normal(keys[0], (3, 4, 5)), "b": jax.random.normal(keys[1], (7,))}
+    grads = {"a": jax.random.normal(keys[2], (3, 4, 5)), "b": jax.random.normal(keys[3], (7,))}
+    clip: Any = optim.adaptive_gradient_clip(0.3)
+    small = jax.tree.map(lambda g: 0.01 * g, grads)
+    untouched, _ = jax.jit(clip.update)(small, clip.init(params), params)
+    clipped, _ = jax.jit(clip.update)(grads, clip.init(params), params)
+    for name in grads:
+        np.testing.assert_array_equal(untouched[name], small[name])
+        limit = 0.3 * np.linalg.norm(np.ravel(params[name]))
+        np.testing.assert_allclose(np.linalg.norm(np.ravel(clipped[name])), limit, rtol=1e-5)
+        ratio = np.ravel(clipped[name] / grads[name])
+        np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)  # the direction is kept
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    still, _ = clip.update(zeros, clip.init(params), zeros)
+    jax.tree.map(np.testing.assert_array_equal, still, zeros)
+
+
+def test_adaptive_clip_keeps_the_dtype_and_measures_in_float32() -> None:
+    params, grads = jnp.ones(400, jnp.bfloat16), jnp.full(400, 2.0, jnp.bfloat16)
+    clip: Any = optim.adaptive_gradient_clip(0.5)
+    out, _ = clip.update(grads, clip.init(params), params)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out.astype(jnp.float32), 0.5)
+
+
+def test_adaptive_clip_refuses_what_it_cannot_compare() -> None:
+    with pytest.raises(ValueError, match="clip: expected a number above 0, got 0"):
+        optim.adaptive_gradient_clip(0.0)
+    with pytest.raises(ValueError, match="min_norm: expected a number above 0, got -1"):
+        optim.adaptive_gradient_clip(0.3, -1.0)
+    clip: Any = optim.adaptive_gradient_clip()
+    with pytest.raises(ValueError, match="params: .* and got None; call update"):
+        clip.update(PARAMS, clip.init(PARAMS))
+
+
+def _laprop_in_float64(
+    grads: np.ndarray, lr: float, beta1: float, beta2: float, eps: float, warmup: int
+) -> np.ndarray:
+    """LaProp of one weight, line by line; `grads` [T]."""
+    nu = mu = 0.0
+    updates = []
+    for n, g in enumerate(grads.astype(np.float64), start=1):
+        nu = beta2 * nu + (1 - beta2) * g * g
+        mu = beta1 * mu + (1 - beta1) * (g / (np.sqrt(nu / (1 - beta2**n)) + eps) if g else 0.0)
+        rate = lr * min(1.0, n / warmup) if warmup else lr
+        updates.append(-rate * mu / (1 - beta1**n))
+    return np.array(updates)
+
+
+def _gradients() -> jax.Array:
+    """Twenty gradients of two weights over ten orders of magnitude, zeros among them."""
+    scale = 10.0 ** jax.random.uniform(jax.random.key(1), (20, 2), minval=-6.0, maxval=4.0)
+    grads = scale * jax.random.normal(jax.random.key(2), (20, 2))
+    return grads.at[jnp.array([0, 7])].set(0.0).at[3:6, 1].set(0.0)
+
+
+def _updates(optimizer: Any, grads: jax.Array, params: jax.Array) -> jax.Array:
+    """Give `grads` [T, ...] one after another; returns the updates."""
+
+    def step(state: Any, g: jax.Array) -> tuple[Any, jax.Array]:
+        updates, state = optimizer.update(g, state, params)
+        return state, updates
+
+    return jax.lax.scan(step, optimizer.init(params), grads)[1]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7, 50])
+def test_laprop_agrees_with_its_formula_in_float64(warmup: int) -> None:
+    settings: Any = (0.02, 0.8, 0.99, 1e-4, warmup)
+    grads = _gradients()
+    got = jax.jit(lambda g: _updates(optim.laprop(*settings), g, jnp.ones(2)))(grads)
+    for i in range(2):
+        expected = _laprop_in_float64(np.asarray(grads[:, i]), *settings)
+        np.testing.assert_allclose(got[:, i], expected, rtol=2e-5, atol=1e-9)
+
+
+def test_laprop_with_its_defaults() -> None:
+    grads = _gradients()
+    got = _updates(optim.laprop(4e-5), grads, jnp.ones(2))
+    expected = _laprop_in_float64(np.asarray(grads[:, 0]), 4e-5, 0.9, 0.999, 1e-20, 0)
+    np.testing.assert_allclose(got[:, 0], expected, rtol=2e-4)
+    # Steps of a constant gradient have the length of the learning rate, from the first.
+    constant = _updates(optim.laprop(0.1), jnp.full((20, 1), -1e-3), jnp.ones(1))
+    np.testing.assert_allclose(constant, 0.1, rtol=1e-4)
+
+
+def test_laprop_is_not_adam() -> None:
+    # After a huge gradient Adam still divides the small steps before it; LaProp keeps them.
+    grads = jnp.array([[1.0], [1.0], [1e6]])
+    adam = _updates(optax.adam(1.0, 0.9, 0.9, 1e-20), grads, jnp.ones(1))
+    ours = _updates(optim.laprop(1.0, 0.9, 0.9), grads, jnp.ones(1))
+    np.testing.assert_allclose(ours[:2], adam[:2], rtol=1e-5)
+    scaled = np.array([1.0, 1.0, 1.0 / np.sqrt(0.1 / (1 - 0.9**3))])
+    mean = np.sum(scaled * [0.081, 0.09, 0.1]) / (1 - 0.9**3)
+    np.testing.assert_allclose(ours[2], -mean, rtol=1e-5)
+    assert ours[2] < adam[2] - 0.3
+
+
+def test_laprop_zero_gradients_give_exactly_zero_and_tiny_ones_stay_bounded() -> None:
+    zeros = _updates(optim.laprop(1.0, warmup=3), jnp.zeros((20, 3)), jnp.ones(3))
+    np.testing.assert_array_equal(zeros, 0.0)
+    # The square of these is 0 in float32: nothing but eps is left to divide by.
+    tiny = jnp.full((5, 4), 1.0) * jnp.array([1e-17, -1e-18, 1e-19, 1e-30])
+    out = np.abs(_updates(optim.laprop(1.0), tiny, jnp.ones(4)))
+    assert np.isfinite(out).all()
+    assert out.max() < 32.0
+
+
+def test_laprop_takes_a_traced_learning_rate_under_vmap() -> None:
+    rates, grads = jnp.array([0.1, 0.01]), _gradients()[:, :1]
+    got = jax.jit(jax.vmap(lambda lr: _updates(optim.laprop(lr, warmup=4), grads, jnp.ones(1))))(
+        rates
+    )
+    for rate, updates in zip((0.1, 0.01), got, strict=True):
+        alone = _updates(optim.laprop(rate, warmup=4), grads, jnp.ones(1))
+        np.testing.assert_allclose(updates, alone, rtol=1e-5)
+    with pytest.raises(ValueError, match="warmup: expected a number of updates of at least 0"):
+        optim.laprop(0.1, warmup=-1)
+
+
+def test_clipping_bounds_gradients_before_laprop_and_steps_behind_it() -> None:
+    params, grads = jnp.array([1.0, 0.0]), jnp.full((20, 2), 1e-2).at[10].set(1e5)
+    clip, rate = optim.adaptive_gradient_clip(0.1), 0.5
+    before = _updates(optax.chain(clip, optim.laprop(rate)), grads, params)
+    behind = _updates(optax.chain(optim.laprop(rate), clip), grads, params)
+    # Before: the outlier counts as a gradient of norm 0.1, and steps keep their length.
+    limited = grads.at[10].set(0.1 / np.sqrt(2.0))
+    np.testing.assert_allclose(before, _updates(optim.laprop(rate), limited, params), rtol=1e-4)
+    assert np.linalg.norm(before, axis=1).min() > 0.1
+    # Behind: no step is longer than a tenth of the weights, whatever the gradients were.
+    assert np.linalg.norm(behind, axis=1).max() < 0.1 + 1e-6
+
+
+def test_laprop_with_clipping_skips_bad_gradients_per_seed() -> None:
+    optimizer: Any = optim.apply_if_finite_counted(
+        optax.chain(optim.adaptive_gradient_clip(), optim.laprop(1e-2, warmup=5))
+    )
+    params = jnp.ones((2, 3))
+    state = jax.vmap(optimizer.init)(params)
+    update = jax.jit(jax.vmap(optimizer.update))
+    first, state = update(jnp.ones((2, 3)), state, params)
+    bad, after = update(jnp.ones((2, 3)).at[1, 1].set(jnp.nan), state, params)
+    np.testing.assert_array_equal(after.skipped, [0, 1])
+    np.testing.assert_array_equal(bad[1], 0.0)
+    for new, old in zip(jax.tree.leaves(after.inner), jax.tree.leaves(state.inner), strict=True):
+        np.testing.assert_array_equal(new[1], old[1])
+    # The warm-up of the seed that was skipped has not moved on.
+    again, _ = update(jnp.ones((2, 3)), after, params)
+    np.testing.assert_allclose(first, -0.002, rtol=1e-4)
+    np.testing.assert_allclose(again, -jnp.array([[0.006], [0.004]]) * jnp.ones(3), rtol=1e-4)
+
+
 def test_polyak_by_hand_and_its_ends_are_exact() -> None:
     target, online = {"a": jnp.array([1.0, 1e8])}, {"a": jnp.array([3.0, 0.1])}
     np.testing.assert_allclose(optim.polyak(target, online, 0.25)["a"][0], 1.5)
