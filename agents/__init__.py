@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from agents.dreamer import DreamerConfig, make_dreamer
 from agents.pets import PETSConfig, make_pets
 from mbrl.types import Agent, EnvSpec
 
@@ -16,5 +17,8 @@ class Entry(NamedTuple):
     make: Callable[[EnvSpec, Any], Agent]
 
 
-AGENTS = {"pets": Entry(PETSConfig, make_pets)}
+AGENTS = {
+    "dreamer": Entry(DreamerConfig, make_dreamer),
+    "pets": Entry(PETSConfig, make_pets),
+}
 """Agents by the name that the command line uses."""

@@ -21,6 +21,36 @@ from mbrl.memory import host_memory as host_memory
 from mbrl.types import Array, Batch, Key, Record, SampleSpec, Transition
 
 
+def minibatches(
+    train_ratio: float, batch_size: int, length: int, capacity: int, start: int
+) -> SampleSpec:
+    """Ask for minibatches of sequences at a given number of updates per environment step.
+
+    Args:
+      train_ratio: updates per environment step, a whole number or one over a whole number.
+      batch_size: sequences per update.
+      length: records per sequence.
+      capacity: records to keep.
+      start: environment steps of random actions before the first update.
+
+    Raises:
+      ValueError: for another `train_ratio`, or a `start` that is shorter than a sequence.
+    """
+    ratio = float(train_ratio)
+    every, updates = (1, round(ratio)) if ratio > 1.0 else (round(1.0 / max(ratio, 1e-9)), 1)
+    if not 1e-6 < ratio < 1e6 or abs(updates / every - ratio) > 1e-6 * ratio:
+        raise ValueError(
+            f"train_ratio: got {train_ratio}, expected updates per environment step, a whole "
+            "number or one over a whole number; use for example 0.5 or 2"
+        )
+    if start < length:
+        raise ValueError(
+            f"start: got {start} environment steps before the first update, expected at least "
+            f"the length of a sequence, {length}; raise --random-steps or lower --length"
+        )
+    return SampleSpec("sequences", capacity, start, every, updates, batch_size, length)
+
+
 class Ring(NamedTuple):
     """Records of `E` environments in a ring of `C` rows.
 

@@ -158,8 +158,8 @@ def encode_action(space: Space, action: Array) -> Array:
     """Return actions as network input: Box scaled to `[-1, 1]`, integers one-hot.
 
     Args:
-      space: action space.
-      action: [..., *shape] or int32 [...].
+      space: action space; the parts of a Dict are joined in sorted order.
+      action: leaves [..., *shape] or int32 [...].
 
     Returns:
       [..., flat_size(space)] float32.
@@ -167,7 +167,30 @@ def encode_action(space: Space, action: Array) -> Array:
     if isinstance(space, Box):
         unit = to_unit(space, action)
         return unit.reshape(*unit.shape[: unit.ndim - len(space.shape)], flat_size(space))
+    if isinstance(space, Mapping):
+        parts = [encode_action(space[name], action[name]) for name in sorted(space)]
+        return jnp.concatenate(parts, -1)
     return flatten(space, action)
+
+
+def decode_action(space: Space, encoded: Array) -> Any:
+    """Invert `encode_action`; numbers beyond `[-1, 1]` stay beyond the bounds.
+
+    Args:
+      space: action space.
+      encoded: [..., flat_size(space)].
+
+    Returns:
+      Actions with leading axes `[...]`; integers are the largest entry of their part.
+    """
+    if isinstance(space, Box):
+        unit = encoded.reshape(*encoded.shape[:-1], *space.shape)
+        return from_unit(space, unit).astype(space.dtype)
+    if isinstance(space, Mapping):
+        names = sorted(space)
+        parts = jnp.split(encoded, np.cumsum([flat_size(space[n]) for n in names])[:-1], -1)
+        return {n: decode_action(space[n], part) for n, part in zip(names, parts, strict=True)}
+    return unflatten(space, encoded)
 
 
 def describe(space: Space) -> Any:

@@ -25,6 +25,7 @@ from mbrl.types import (
     Metrics,
     Mode,
     Record,
+    SampleSpec,
     State,
     TimeStep,
 )
@@ -155,12 +156,20 @@ def learner_step(
 def learner_update(agent: Agent, learner: Learner) -> tuple[Learner, Metrics]:
     """Sample what the agent asks for and let it learn."""
     sample_key, update_key, key = jax.random.split(learner.key, 3)
-    batch = replay.sample(learner.ring, sample_key, agent.sampling)
+    batch = replay.sample(learner.ring, sample_key, _per_call(agent.sampling, learner))
     state, metrics, feedback = agent.update(learner.agent, batch, update_key)
     ring = learner.ring
     if feedback is not None:
         ring = replay.write_back(ring, batch.index, feedback)
     return learner._replace(agent=state, ring=ring, key=key), metrics
+
+
+def _per_call(sampling: SampleSpec, learner: Learner) -> SampleSpec:
+    """Keep the updates per environment step where one step of all environments holds several
+    calls' worth of them.
+    """
+    num_envs = learner.episode_return.shape[-1]
+    return sampling._replace(updates=sampling.updates * max(1, num_envs // sampling.every))
 
 
 def over_seeds(fn: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:

@@ -1,0 +1,339 @@
+"""Dreamer: an actor and a critic that learn in the imagination of a latent world model.
+
+Reference: Hafner et al. 2023 (arXiv:2301.04104). With `--actor planner` the actor is
+replaced by model-predictive control on the latent model: PlaNet (arXiv:1811.04551).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mbrl import normalization, optim, policies, replay, returns, spaces
+from mbrl.distributions import TwoHot
+from mbrl.imagination import imagine, imagined_targets
+from mbrl.losses.policy_gradient import reinforce_loss, two_hot_critic_loss
+from mbrl.mdp import SplitParams, penalized, with_reward
+from mbrl.models.reward import given_reward
+from mbrl.models.rssm import NUM_BINS, RSSM, Latent, RSSMState, Size, rssm, rssm_size
+from mbrl.networks.core import mlp
+from mbrl.normalization import Moments, ReturnScale
+from mbrl.planning import PlannerConfig, planner
+from mbrl.policies import Policy
+from mbrl.two_hot import symexp_bins
+from mbrl.types import (
+    MDP,
+    Agent,
+    Array,
+    Batch,
+    EnvSpec,
+    Key,
+    Metrics,
+    Mode,
+    Network,
+    Params,
+    Record,
+    reset_rows,
+)
+
+stop = jax.lax.stop_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class DreamerConfig:
+    """Settings of Dreamer, the published values unless they say otherwise."""
+
+    size: Size = "1m"
+    """Number of parameters: 1m, 12m, 25m, 50m, 100m or 200m."""
+    latent: Literal["discrete", "gaussian"] = "discrete"
+    """Kind of the stochastic latents."""
+    actor: Literal["policy", "planner"] = "policy"
+    """What acts: the learned policy, or a planner on the latent model (PlaNet)."""
+    members: int = 0
+    """Networks that predict the next latent again, for `penalty`; 0 = none."""
+    penalty: float = 0.0
+    """Reward subtracted per standard deviation of model disagreement; < 0 is optimism."""
+    discount: float = 1.0 - 1.0 / 333.0
+    """Per step; folded into the target of the continue head."""
+    lambda_: float = 0.95
+    """Mixes returns of different lengths."""
+    horizon: int = 15
+    """Imagined steps."""
+    entropy: float = 3e-4
+    """Bonus per nat of the policy's entropy."""
+    replay_value: float = 0.3
+    """Weight of the critic's loss on real sequences."""
+    slow_rate: float = 0.02
+    """Share by which the slow critic follows the critic per update."""
+    free_nats: float = 1.0
+    """Divergence of posterior and prior per step that costs nothing."""
+    learning_rate: float = 4e-5
+    """Step size of LaProp."""
+    warmup: int = 1000
+    """Updates over which the step size rises to `learning_rate`."""
+    clip: float = 0.3
+    """Largest norm of a tensor's gradient relative to the tensor's own."""
+    batch_size: int = 16
+    """Sequences per update."""
+    length: int = 64
+    """Records per sequence."""
+    train_ratio: float = 1.0
+    """Updates per environment step: a whole number, or one over a whole number."""
+    random_steps: int = 1024
+    """Environment steps of uniform actions before the first update."""
+    capacity: int = 100_000
+    """Records kept in replay (published: 5 million)."""
+    dtype: str = "float32"
+    """Precision of the matrix products, float32 or bfloat16."""
+    planner: PlannerConfig = PlannerConfig(horizon=12)
+    """Model-predictive control, with `actor` planner."""
+
+
+class Weights(NamedTuple):
+    """What the optimizer trains: all of it, by one scalar loss."""
+
+    model: Params
+    policy: Params
+    value: Params
+
+
+class DreamerState(NamedTuple):
+    """Everything Dreamer learns; `rewards` are the moments of the rewards seen."""
+
+    weights: Weights
+    slow_value: Params
+    rewards: Moments
+    scale: ReturnScale
+    opt_state: optax.OptState
+
+    @property
+    def world(self) -> RSSMState:
+        """Return the parameters of the world model."""
+        return RSSMState(self.weights.model, self.rewards)
+
+
+class DreamerCarry(NamedTuple):
+    """Acting state [E, ...]: latent, last action (encoded), the planner's warm start."""
+
+    latent: Latent
+    action: Array
+    plan: Any
+
+
+class Parts(NamedTuple):
+    """What the algorithm is made of.
+
+    Attributes:
+      spec: spaces of the task.
+      model: the world model.
+      mdp: its imagination, with the reward source and the risk attitude asked for.
+      params: `(RSSMState) -> parameters of mdp`.
+      policy: `(params, latent) -> Policy`.
+      critic: `(params, latent) -> TwoHot` distribution of the return.
+      policy_net, value_net: networks behind the two.
+    """
+
+    spec: EnvSpec
+    model: RSSM
+    mdp: MDP
+    params: Callable[[RSSMState], Any]
+    policy: Callable[[Params, Latent], Policy]
+    critic: Callable[[Params, Latent], TwoHot]
+    policy_net: Network
+    value_net: Network
+
+
+def build(spec: EnvSpec, config: DreamerConfig, reward_fn: Any = None) -> Parts:
+    """Build the parts; arguments as in `make_dreamer`."""
+    size = rssm_size(
+        config.size, free_nats=config.free_nats, discount=config.discount,
+        members=config.members, dtype=config.dtype,
+    )  # fmt: skip
+    size = size if config.latent == "discrete" else dataclasses.replace(size, classes=0)
+    model = rssm(spec, size)
+    mdp = model.mdp if reward_fn is None else with_reward(model.mdp, given_reward(reward_fn))
+    mdp = penalized(mdp, config.penalty) if config.members else mdp
+    bins = symexp_bins(NUM_BINS)
+
+    def head(out: int, scale: float) -> Network:
+        return mlp((size.units,) * 3, out, "silu", "fan_in", config.dtype, "rms", scale)
+
+    policy_net, value_net = head(policies.num_outputs(spec.action), 0.01), head(NUM_BINS, 0.0)
+    return Parts(
+        spec, model, mdp,
+        lambda state: state if reward_fn is None else SplitParams(state, None),
+        lambda params, latent: Policy(spec.action, policy_net.apply(params, latent.feature)),
+        lambda params, latent: TwoHot(value_net.apply(params, latent.feature), bins),
+        policy_net, value_net,
+    )  # fmt: skip
+
+
+def make_dreamer(
+    spec: EnvSpec,
+    config: DreamerConfig = DreamerConfig(),
+    reward_fn: Callable[[Any, Array, Any], Array] | None = None,
+) -> Agent:
+    """Build the agent.
+
+    Args:
+      spec: spaces of the task: any observation, any action with finite bounds.
+      config: see `DreamerConfig`. Float fields may be traced, except `train_ratio`.
+      reward_fn: known reward `(obs, action, next_obs) -> [B]`, to imagine with instead of
+        the learned one.
+
+    Raises:
+      ValueError: for unbounded actions, and impossible settings.
+    """
+    sampling = replay.minibatches(
+        config.train_ratio, config.batch_size, config.length + 1, config.capacity,
+        config.random_steps,
+    )  # fmt: skip
+    parts = build(spec, config, reward_fn)
+    model = parts.model
+    mpc = planner(parts.mdp, config.planner) if config.actor == "planner" else None
+    optimizer = optim.apply_if_finite_counted(
+        optax.chain(
+            optim.adaptive_gradient_clip(config.clip),
+            optim.laprop(config.learning_rate, warmup=config.warmup),
+        )
+    )
+
+    def init(key: Key) -> DreamerState:
+        model_key, policy_key, value_key = jax.random.split(key, 3)
+        world, feature = model.init(model_key), model.begin(1).feature
+        value = parts.value_net.init(value_key, feature)
+        weights = Weights(world.weights, parts.policy_net.init(policy_key, feature), value)
+        scale, opt_state = normalization.empty_return_scale(), optimizer.init(weights)
+        slow = jax.tree.map(jnp.copy, value)
+        return DreamerState(weights, slow, world.rewards, scale, opt_state)
+
+    def begin(num_envs: int) -> DreamerCarry:
+        action = jnp.zeros((num_envs, spaces.flat_size(spec.action)))
+        return DreamerCarry(model.begin(num_envs), action, mpc.init(num_envs) if mpc else ())
+
+    def act(
+        state: DreamerState, carry: DreamerCarry, obs: Any, is_first: Array, key: Key, mode: Mode
+    ) -> tuple[Any, DreamerCarry, Any]:
+        num_envs = is_first.shape[0]
+        carry = reset_rows(is_first, begin(num_envs), carry)
+        encode_key, act_key = jax.random.split(key)
+        world = state.world
+        latent = model.encode(world, encode_key, carry.latent, obs, carry.action, is_first)
+        plan = carry.plan
+        if mode == "random":
+            action = spaces.sample(spec.action, act_key, (num_envs,))
+        elif mpc:
+            action, plan, _ = mpc.plan(parts.params(world), act_key, latent, plan)
+        else:
+            law = parts.policy(state.weights.policy, latent)
+            encoded = law.mode() if mode == "greedy" else law.sample(act_key)
+            action = spaces.decode_action(spec.action, jnp.clip(encoded, -1.0, 1.0))
+        encoded = spaces.encode_action(spec.action, action)
+        return action, DreamerCarry(latent, encoded, plan), model.pack(latent)
+
+    def learn(state: DreamerState, inputs: Any) -> tuple[DreamerState, tuple[Metrics, Any]]:
+        record, valid, key = inputs
+        grad_fn = jax.value_and_grad(partial(total_loss, parts, config), has_aux=True)
+        (_, found), grads = grad_fn(state.weights, state, record, valid, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
+        weights = cast(Weights, optax.apply_updates(state.weights, updates))
+        slow_value = optim.polyak(state.slow_value, weights.value, config.slow_rate)
+        rewards = normalization.update(state.rewards, record.reward, valid)
+        counts = cast(optim.FiniteState, opt_state)
+        metrics = found.metrics | {
+            "model/skipped_updates": counts.skipped.astype(jnp.float32),
+            "model/skipped_in_a_row": counts.consecutive.astype(jnp.float32),
+        }
+        # The latent before a sequence stays as it was: nothing newer is known of it.
+        latents = jax.tree.map(
+            lambda old, new: jnp.concatenate([old[:, :1], new], 1),
+            record.extras, model.pack(found.latent),
+        )  # fmt: skip
+        state = DreamerState(weights, slow_value, rewards, found.scale, opt_state)
+        return state, (metrics, latents)
+
+    def update(state: DreamerState, batch: Batch, key: Key) -> tuple[DreamerState, Metrics, Any]:
+        keys = jax.random.split(key, batch.valid.shape[0])
+        state, (metrics, latents) = jax.lax.scan(learn, state, (batch.record, batch.valid, keys))
+        return state, jax.tree.map(lambda x: x.mean(0), metrics), latents
+
+    return Agent(init, begin, act, update, sampling)
+
+
+class Found(NamedTuple):
+    """What the loss finds on the way: refreshed latents [B, T], return scale, metrics."""
+
+    latent: Latent
+    scale: ReturnScale
+    metrics: Metrics
+
+
+def total_loss(
+    parts: Parts, config: DreamerConfig, weights: Weights, state: DreamerState,
+    record: Record, valid: Array, key: Key,
+) -> tuple[Array, Found]:  # fmt: skip
+    """Compute the one scalar that everything is trained by, on `record` [B, T + 1, ...]."""
+    model_key, dream_key = jax.random.split(key)
+    model_loss, learned = parts.model.loss(weights.model, model_key, record, valid)
+    world = stop(state._replace(weights=weights).world)
+    start = stop(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), learned.latent))
+
+    def act(key: Key, latent: Latent) -> Array:
+        return parts.policy(weights.policy, latent).sample(key)
+
+    dream = imagine(
+        parts.mdp, parts.params(world), dream_key, start, act, config.horizon, config.discount
+    )
+    values = stop(parts.critic(weights.value, dream.state).mean)
+    root = config.discount * parts.model.survival(world, start)
+    targets = imagined_targets(dream, values, root, config.lambda_)
+
+    scale = normalization.update_return_scale(state.scale, targets.returns)
+    law = parts.policy(weights.policy, dream.departure)
+    actor_loss = reinforce_loss(
+        law.log_prob(dream.action), targets.advantage / scale.value, law.entropy(),
+        config.entropy, targets.weight,
+    )  # fmt: skip
+    critic_loss = two_hot_critic_loss(
+        parts.critic(weights.value, dream.departure), targets.returns,
+        parts.critic(state.slow_value, dream.departure), targets.weight,
+    )  # fmt: skip
+    bootstrap = targets.returns[0].reshape(valid[:, 1:].shape)
+    replay_loss = replay_critic_loss(
+        parts, config, weights, state, learned.latent, record, valid, bootstrap
+    )
+    loss = model_loss + actor_loss + critic_loss + config.replay_value * replay_loss
+    metrics = learned.metrics | {
+        "loss": loss,
+        "actor/loss": actor_loss,
+        "actor/entropy": jnp.mean(law.entropy()),
+        "critic/loss": critic_loss,
+        "critic/replay_loss": replay_loss,
+        "critic/value": jnp.mean(values),
+        "critic/return": jnp.mean(targets.returns),
+        "critic/return_scale": scale.value,
+    }
+    return loss, Found(learned.latent, scale, metrics)
+
+
+def replay_critic_loss(
+    parts: Parts, config: DreamerConfig, weights: Weights, state: DreamerState, latent: Latent,
+    record: Record, valid: Array, bootstrap: Array,
+) -> Array:  # fmt: skip
+    """Fit the critic to real rewards; beyond each record stands its imagined return [B, T]."""
+    record = jax.tree.map(lambda x: x[:, 1:], record)
+    signals = jax.vmap(returns.align, (0, None))(record, config.discount)
+    target = jax.vmap(returns.lambda_returns)(
+        signals.r_t, signals.discount_t, bootstrap[:, 1:], config.lambda_ * signals.trace_t
+    )
+    latent = jax.tree.map(lambda x: x[:, :-1], latent)
+    weight = (signals.valid & valid[:, 1:-1]).astype(jnp.float32)
+    return two_hot_critic_loss(
+        parts.critic(weights.value, latent), target, parts.critic(state.slow_value, latent), weight
+    )

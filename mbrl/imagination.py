@@ -1,0 +1,104 @@
+"""Imagined rollouts as training data for an actor and a critic, on any `MDP`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mbrl import returns, spaces
+from mbrl.mdp import discounted, rollout
+from mbrl.types import MDP, Array, Key, Outcome, Params, State
+
+
+class Dream(NamedTuple):
+    """Imagined trajectories of `H` steps from `M` states.
+
+    Attributes:
+      state: [H + 1, M, ...] states of the model, the start first.
+      action: [H, M, A] encoded actions.
+      reward: [H, M] of each step.
+      discount: [H, M] survival times discount of each step.
+    """
+
+    state: State
+    action: Array
+    reward: Array
+    discount: Array
+
+    @property
+    def departure(self) -> State:
+        """Return the states that actions were taken at, [H, M, ...]."""
+        return jax.tree.map(lambda x: x[:-1], self.state)
+
+
+def imagine(
+    mdp: MDP,
+    params: Params,
+    key: Key,
+    start: State,
+    act: Callable[[Key, State], Array],
+    horizon: int,
+    discount: Array | float,
+) -> Dream:
+    """Follow a policy through a model.
+
+    Args:
+      mdp: any decision process.
+      params: its parameters.
+      key: consumed.
+      start: states, leaves [M, ...].
+      act: `(key, state) -> encoded action [M, A]`, see `spaces.encode_action`.
+      horizon: steps H.
+      discount: per step, on top of the survival that the model predicts.
+
+    Returns:
+      `Dream`, without a gradient: what it teaches, it teaches by likelihood ratios.
+
+    Reference: Dream to Control (arXiv 1912.01603).
+    """
+    # The states themselves are kept, not what they would look like.
+    bare = discounted(mdp, discount)._replace(observe=lambda params, state: state)
+
+    def choose(key: Key, state: State, t: Array) -> Any:
+        return spaces.decode_action(mdp.spec.action, act(key, state))
+
+    def keep(state: State, action: Any, outcome: Outcome) -> Any:
+        encoded = spaces.encode_action(mdp.spec.action, action)
+        return state, encoded, outcome.reward, outcome.discount
+
+    final, (states, *rest) = rollout(bare, params, key, start, choose, horizon, keep)
+    states = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), states, final)
+    return jax.lax.stop_gradient(Dream(states, *rest))
+
+
+class Targets(NamedTuple):
+    """What an actor and a critic learn from a `Dream`, [H, M] each.
+
+    Attributes:
+      returns: lambda-returns of the departure states.
+      advantage: returns minus values, in units of reward.
+      weight: discounted probability that the step is reached at all.
+    """
+
+    returns: Array
+    advantage: Array
+    weight: Array
+
+
+def imagined_targets(dream: Dream, values: Array, root: Array, lambda_: Array | float) -> Targets:
+    """Compute returns and weights of imagined trajectories.
+
+    Args:
+      dream: H steps of M trajectories.
+      values: [H + 1, M] of `dream.state`.
+      root: [M] survival times discount of the start states themselves: 0 where an episode
+        has ended, because nothing follows from there.
+      lambda_: mixes returns of different lengths.
+    """
+    along = jax.vmap(returns.lambda_returns, (1, 1, 1, None), 1)
+    target = along(dream.reward, dream.discount, values[1:], lambda_)
+    reached = jnp.cumprod(jnp.concatenate([root[None], dream.discount[:-1]]), 0)
+    return jax.lax.stop_gradient(Targets(target, target - values[:-1], reached))

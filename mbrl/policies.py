@@ -1,0 +1,91 @@
+"""Policies as distributions over actions of any space, read from the output of a network.
+
+The parts of an action (dimensions, Dict entries) are independent given the output. Boxes
+are scaled to `[-1, 1]`; a sample may lie beyond and is clipped by `to_action`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl import spaces
+from mbrl.distributions import Categorical, Normal, unimix
+from mbrl.types import Array, Box, Key, MultiDiscrete, Space
+
+UNIMIX = 0.01
+"""Share of the uniform distribution in discrete policies: none becomes deterministic."""
+MIN_STD, MAX_STD = 0.1, 1.0
+
+
+def num_outputs(space: Space) -> int:
+    """Return how many numbers parameterize a policy over `space`."""
+    if isinstance(space, Mapping):
+        return sum(num_outputs(part) for part in space.values())
+    return spaces.flat_size(space) * (2 if isinstance(space, Box) else 1)
+
+
+class Policy:
+    """Distribution over actions, encoded as `spaces.encode_action` does.
+
+    Reference: Mastering Diverse Domains through World Models (arXiv 2301.04104).
+    """
+
+    def __init__(self, space: Space, outputs: Array) -> None:
+        """Read the distribution from `outputs` [..., num_outputs(space)]."""
+        self._parts: list[Normal | Categorical] = []
+        leaves = [leaf for _, leaf in spaces.leaves(space)]
+        ends = np.cumsum([num_outputs(leaf) for leaf in leaves])[:-1]
+        for leaf, out in zip(leaves, jnp.split(outputs, ends, -1), strict=True):
+            if isinstance(leaf, Box):
+                mean, raw = jnp.split(out, 2, -1)
+                std = MIN_STD + (MAX_STD - MIN_STD) * jax.nn.sigmoid(raw + 2.0)
+                self._parts.append(Normal(jnp.tanh(mean), std))
+                continue
+            sizes = leaf.nums if isinstance(leaf, MultiDiscrete) else (leaf.num,)
+            for logits in jnp.split(out, np.cumsum(sizes)[:-1], -1):
+                self._parts.append(Categorical(unimix(logits, UNIMIX)))
+
+    def sample(self, key: Key) -> Array:
+        """Draw encoded actions [..., A]."""
+        keys = jax.random.split(key, len(self._parts))
+        return jnp.concatenate(
+            [
+                part.sample(k) if isinstance(part, Normal) else _hot(part, part.sample(k))
+                for part, k in zip(self._parts, keys, strict=True)
+            ],
+            -1,
+        )
+
+    def mode(self) -> Array:
+        """Return the likeliest encoded action [..., A]."""
+        return jnp.concatenate(
+            [p.mode() if isinstance(p, Normal) else _hot(p, p.mode()) for p in self._parts], -1
+        )
+
+    def log_prob(self, action: Array) -> Array:
+        """Return the log-density [...] of encoded actions [..., A]."""
+        total, start = jnp.zeros(action.shape[:-1]), 0
+        for part in self._parts:
+            size = (part.mean if isinstance(part, Normal) else part.logits).shape[-1]
+            x = action[..., start : start + size]
+            start += size
+            if isinstance(part, Normal):
+                total += part.log_prob(x).sum(-1)
+            else:
+                total += part.log_prob(jnp.argmax(x, -1))
+        return total
+
+    def entropy(self) -> Array:
+        """Return the entropy [...] in nats, summed over the parts of the action."""
+        return sum(
+            (p.entropy().sum(-1) if isinstance(p, Normal) else p.entropy() for p in self._parts),
+            jnp.zeros(()),
+        )
+
+
+def _hot(part: Categorical, x: Array) -> Array:
+    return jax.nn.one_hot(x, part.logits.shape[-1])
