@@ -21,9 +21,9 @@ from mbrl.imagination import imagine, imagined_targets
 from mbrl.losses.policy_gradient import reinforce_loss, two_hot_critic_loss
 from mbrl.mdp import SplitParams, penalized, with_reward
 from mbrl.models.reward import given_reward
-from mbrl.models.rssm import NUM_BINS, RSSM, Latent, RSSMState, Size, rssm, rssm_size
+from mbrl.models.rssm import NUM_BINS, RSSM, Latent, RSSMState, Size, Statistics, rssm, rssm_size
 from mbrl.networks.core import mlp
-from mbrl.normalization import Moments, ReturnScale
+from mbrl.normalization import ReturnScale
 from mbrl.planning import PlannerConfig, planner
 from mbrl.policies import Policy
 from mbrl.two_hot import symexp_bins
@@ -51,6 +51,8 @@ class DreamerConfig:
 
     size: Size = "1m"
     """Number of parameters: 1m, 12m, 25m, 50m, 100m or 200m."""
+    normalize: bool = True
+    """Standardize vectors by their running moments (published: symlog alone)."""
     latent: Literal["discrete", "gaussian"] = "discrete"
     """Kind of the stochastic latents."""
     actor: Literal["policy", "planner"] = "policy"
@@ -104,18 +106,18 @@ class Weights(NamedTuple):
 
 
 class DreamerState(NamedTuple):
-    """Everything Dreamer learns; `rewards` are the moments of the rewards seen."""
+    """Everything Dreamer learns."""
 
     weights: Weights
     slow_value: Params
-    rewards: Moments
+    statistics: Statistics
     scale: ReturnScale
     opt_state: optax.OptState
 
     @property
     def world(self) -> RSSMState:
         """Return the parameters of the world model."""
-        return RSSMState(self.weights.model, self.rewards)
+        return RSSMState(self.weights.model, self.statistics)
 
 
 class DreamerCarry(NamedTuple):
@@ -153,7 +155,7 @@ def build(spec: EnvSpec, config: DreamerConfig, reward_fn: Any = None) -> Parts:
     """Build the parts; arguments as in `make_dreamer`."""
     size = rssm_size(
         config.size, free_nats=config.free_nats, discount=config.discount,
-        members=config.members, dtype=config.dtype,
+        normalize=config.normalize, members=config.members, dtype=config.dtype,
     )  # fmt: skip
     size = size if config.latent == "discrete" else dataclasses.replace(size, classes=0)
     model = rssm(spec, size)
@@ -211,7 +213,7 @@ def make_dreamer(
         weights = Weights(world.weights, parts.policy_net.init(policy_key, feature), value)
         scale, opt_state = normalization.empty_return_scale(), optimizer.init(weights)
         slow = jax.tree.map(jnp.copy, value)
-        return DreamerState(weights, slow, world.rewards, scale, opt_state)
+        return DreamerState(weights, slow, world.statistics, scale, opt_state)
 
     def begin(num_envs: int) -> DreamerCarry:
         action = jnp.zeros((num_envs, spaces.flat_size(spec.action)))
@@ -239,12 +241,13 @@ def make_dreamer(
 
     def learn(state: DreamerState, inputs: Any) -> tuple[DreamerState, tuple[Metrics, Any]]:
         record, valid, key = inputs
+        statistics = model.standardize(state.statistics, record, valid)
+        state = state._replace(statistics=statistics)
         grad_fn = jax.value_and_grad(partial(total_loss, parts, config), has_aux=True)
         (_, found), grads = grad_fn(state.weights, state, record, valid, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
         weights = cast(Weights, optax.apply_updates(state.weights, updates))
         slow_value = optim.polyak(state.slow_value, weights.value, config.slow_rate)
-        rewards = normalization.update(state.rewards, record.reward, valid)
         counts = cast(optim.FiniteState, opt_state)
         metrics = found.metrics | {
             "model/skipped_updates": counts.skipped.astype(jnp.float32),
@@ -255,7 +258,7 @@ def make_dreamer(
             lambda old, new: jnp.concatenate([old[:, :1], new], 1),
             record.extras, model.pack(found.latent),
         )  # fmt: skip
-        state = DreamerState(weights, slow_value, rewards, found.scale, opt_state)
+        state = DreamerState(weights, slow_value, statistics, found.scale, opt_state)
         return state, (metrics, latents)
 
     def update(state: DreamerState, batch: Batch, key: Key) -> tuple[DreamerState, Metrics, Any]:
@@ -280,8 +283,9 @@ def total_loss(
 ) -> tuple[Array, Found]:  # fmt: skip
     """Compute the one scalar that everything is trained by, on `record` [B, T + 1, ...]."""
     model_key, dream_key = jax.random.split(key)
-    model_loss, learned = parts.model.loss(weights.model, model_key, record, valid)
-    world = stop(state._replace(weights=weights).world)
+    world = state._replace(weights=weights).world
+    model_loss, learned = parts.model.loss(world, model_key, record, valid)
+    world = stop(world)
     start = stop(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), learned.latent))
 
     def act(key: Key, latent: Latent) -> Array:
@@ -290,20 +294,21 @@ def total_loss(
     dream = imagine(
         parts.mdp, parts.params(world), dream_key, start, act, config.horizon, config.discount
     )
-    values = stop(parts.critic(weights.value, dream.state).mean)
+    critic = parts.critic(weights.value, dream.state)
+    final = parts.critic(weights.value, dream.final)
+    values = stop(jnp.concatenate([critic.mean, final.mean[None]]))
     root = config.discount * parts.model.survival(world, start)
     targets = imagined_targets(dream, values, root, config.lambda_)
 
     scale = normalization.update_return_scale(state.scale, targets.returns)
-    law = parts.policy(weights.policy, dream.departure)
+    law = parts.policy(weights.policy, dream.state)
     actor_loss = reinforce_loss(
         law.log_prob(dream.action), targets.advantage / scale.value, law.entropy(),
         config.entropy, targets.weight,
     )  # fmt: skip
     critic_loss = two_hot_critic_loss(
-        parts.critic(weights.value, dream.departure), targets.returns,
-        parts.critic(state.slow_value, dream.departure), targets.weight,
-    )  # fmt: skip
+        critic, targets.returns, parts.critic(state.slow_value, dream.state), targets.weight
+    )
     bootstrap = targets.returns[0].reshape(valid[:, 1:].shape)
     replay_loss = replay_critic_loss(
         parts, config, weights, state, learned.latent, record, valid, bootstrap

@@ -17,21 +17,18 @@ class Dream(NamedTuple):
     """Imagined trajectories of `H` steps from `M` states.
 
     Attributes:
-      state: [H + 1, M, ...] states of the model, the start first.
+      state: [H, M, ...] states of the model that actions were taken at, the start first.
+      final: [M, ...] states after the last action.
       action: [H, M, A] encoded actions.
       reward: [H, M] of each step.
       discount: [H, M] survival times discount of each step.
     """
 
     state: State
+    final: State
     action: Array
     reward: Array
     discount: Array
-
-    @property
-    def departure(self) -> State:
-        """Return the states that actions were taken at, [H, M, ...]."""
-        return jax.tree.map(lambda x: x[:-1], self.state)
 
 
 def imagine(
@@ -70,8 +67,7 @@ def imagine(
         return state, encoded, outcome.reward, outcome.discount
 
     final, (states, *rest) = rollout(bare, params, key, start, choose, horizon, keep)
-    states = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), states, final)
-    return jax.lax.stop_gradient(Dream(states, *rest))
+    return jax.lax.stop_gradient(Dream(states, final, *rest))
 
 
 class Targets(NamedTuple):
@@ -93,7 +89,7 @@ def imagined_targets(dream: Dream, values: Array, root: Array, lambda_: Array | 
 
     Args:
       dream: H steps of M trajectories.
-      values: [H + 1, M] of `dream.state`.
+      values: [H + 1, M] of `dream.state` and `dream.final`.
       root: [M] survival times discount of the start states themselves: 0 where an episode
         has ended, because nothing follows from there.
       lambda_: mixes returns of different lengths.

@@ -130,23 +130,6 @@ class Predictor(NamedTuple):
     predict: Callable[[Params, State], tuple[Array, Array]]
 
 
-class WorldModel(NamedTuple):
-    """A model that is learned from records and imagined through an `MDP`.
-
-    Attributes:
-      init_params: `(key) -> params`.
-      loss: `(params, key, sequence) -> (loss, metrics)`.
-      encode: `(params, key, carry, obs, prev_action, is_first) -> carry`, the filter
-        used while acting.
-      mdp: the model as a decision process.
-    """
-
-    init_params: Callable[[Key], Params]
-    loss: Callable[[Params, Key, Any], tuple[Array, Metrics]]
-    encode: Callable[..., Carry]
-    mdp: MDP
-
-
 class Network(NamedTuple):
     """Any neural network: `init(key, x) -> params`, `apply(params, x) -> y`.
 
@@ -243,7 +226,8 @@ class SampleSpec(NamedTuple):
       capacity: records to keep per seed, over all environments.
       start: environment steps of random actions before the first update.
       every: environment steps between two calls of `update`.
-      updates: minibatches per call ('sequences').
+      updates: minibatches per call ('sequences'); more where one step of all environments
+        holds several calls' worth of steps.
       batch_size: sequences per minibatch ('sequences').
       length: records per sequence ('sequences', 'latest').
     """

@@ -35,6 +35,7 @@ __all__ = [
     "RSSMConfig",
     "RSSMState",
     "Size",
+    "Statistics",
     "rssm",
     "rssm_size",
 ]
@@ -61,16 +62,28 @@ class Latent(NamedTuple):
         return jnp.concatenate([self.deter, self.stoch], -1)
 
 
+class Statistics(NamedTuple):
+    """Running moments of the data.
+
+    Attributes:
+      observations: [D] of everything that is observed and no image.
+      rewards: scalar; their deviation is the unit of uncertainty.
+    """
+
+    observations: Moments
+    rewards: Moments
+
+
 class RSSMState(NamedTuple):
     """Parameters of the model as an `MDP`.
 
     Attributes:
       weights: dict of trainable parameters.
-      rewards: moments of the rewards seen; the unit of uncertainty.
+      statistics: what inputs are standardized by.
     """
 
     weights: Params
-    rewards: Moments
+    statistics: Statistics
 
 
 class Learned(NamedTuple):
@@ -94,8 +107,11 @@ class RSSM(NamedTuple):
       encode: `(state, key, latent, obs, prev_action, is_first) -> Latent`, one step of the
         filter; `prev_action` is encoded, [B, A]. Rows with `is_first` forget latent and
         action.
-      loss: `(weights, key, record, valid) -> (loss, Learned)`; `record` is
-        [B, T + 1, ...] with the latent of its first row among its extras, `valid` [B, T + 1].
+      loss: `(state, key, record, valid) -> (loss, Learned)`, to be differentiated by the
+        weights; `record` is [B, T + 1, ...] with the latent of its first row among its
+        extras, `valid` [B, T + 1].
+      standardize: `(statistics, record [B, T, ...], valid [B, T]) -> statistics` with these
+        records added.
       reward: `(state, latent) -> [B]` mean reward on arrival.
       survival: `(state, latent) -> [B]` probability of going on from here.
       decode: `(state, latent) -> obs`, the likeliest observation.
@@ -106,7 +122,8 @@ class RSSM(NamedTuple):
     init: Callable[[Key], RSSMState]
     begin: Callable[[int], Latent]
     encode: Callable[[RSSMState, Key, Latent, Any, Array, Array], Latent]
-    loss: Callable[[Params, Key, Record, Array], tuple[Array, Learned]]
+    loss: Callable[[RSSMState, Key, Record, Array], tuple[Array, Learned]]
+    standardize: Callable[[Statistics, Record, Array], Statistics]
     reward: Callable[[RSSMState, Latent], Array]
     survival: Callable[[RSSMState, Latent], Array]
     decode: Callable[[RSSMState, Latent], Any]
@@ -138,7 +155,10 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
     bins = symexp_bins(NUM_BINS)
 
     def init(key: Key) -> RSSMState:
-        return RSSMState(nets.init(key), normalization.empty())
+        obs = spaces.zeros(spec.observation, (1,))
+        size = observation.vector_of(spec.observation, obs).shape[-1]
+        empty = Statistics(normalization.empty((size,)), normalization.empty())
+        return RSSMState(nets.init(key), empty)
 
     def begin(batch: int) -> Latent:
         return Latent(jnp.zeros((batch, config.deter)), jnp.zeros((batch, law.size)))
@@ -146,7 +166,8 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
     def encode(
         state: RSSMState, key: Key, latent: Latent, obs: Any, prev_action: Array, is_first: Array
     ) -> Latent:
-        tokens = nets.tokens(state.weights, observation.prepare(spec.observation, obs))
+        seen = observation.prepare(spec.observation, obs, state.statistics.observations)
+        tokens = nets.tokens(state.weights, seen)
         step = tokens[:, None], prev_action[:, None], is_first[:, None]
         found, _ = filter_sequence(nets, law, state.weights, key, latent, *step)
         return jax.tree.map(lambda x: x[:, 0], found)
@@ -162,16 +183,25 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
 
     def decode(state: RSSMState, latent: Latent) -> Any:
         prediction = nets.decoder(state.weights, latent.deter, latent.stoch)
-        return observation.restore(spec.observation, prediction)
+        return observation.restore(spec.observation, prediction, state.statistics.observations)
 
-    def loss(weights: Params, key: Key, record: Record, valid: Array) -> tuple[Array, Learned]:
+    def loss(state: RSSMState, key: Key, record: Record, valid: Array) -> tuple[Array, Learned]:
         before = unpack(jax.tree.map(lambda x: x[:, 0], record.extras))
-        return rssm_loss(spec, config, law, nets, weights, key, before, record, valid)
+        return rssm_loss(spec, config, law, nets, state, key, before, record, valid)
+
+    def standardize(statistics: Statistics, record: Record, valid: Array) -> Statistics:
+        rewards = normalization.update(statistics.rewards, record.reward, valid)
+        if not config.normalize:
+            return statistics._replace(rewards=rewards)
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), record.obs)
+        vectors = observation.vector_of(spec.observation, rows)
+        seen = normalization.update(statistics.observations, vectors, valid.reshape(-1))
+        return Statistics(seen, rewards)
 
     def uncertainty(state: RSSMState, latent: Latent, action: Array) -> Array:
         """Return [B]: how far the members differ, in units of reward."""
         spread = member_disagreement(nets.members(state.weights, latent.feature, action))
-        return jnp.sqrt(jnp.mean(jnp.square(spread), -1)) * state.rewards.std
+        return jnp.sqrt(jnp.mean(jnp.square(spread), -1)) * state.statistics.rewards.std
 
     def start(state: RSSMState, key: Key, obs: Any = None, batch: int = 1) -> Latent:
         if obs is None:
@@ -198,7 +228,7 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
         return Latent(extras["deter"], law.unpack(extras["stoch"]))
 
     mdp = MDP(start, step, decode, spec)
-    return RSSM(init, begin, encode, loss, reward, survival, decode, pack, unpack, mdp)
+    return RSSM(init, begin, encode, loss, standardize, reward, survival, decode, pack, unpack, mdp)
 
 
 def filter_sequence(
@@ -240,7 +270,7 @@ def filter_sequence(
 
 
 def rssm_loss(
-    spec: EnvSpec, config: RSSMConfig, law: Stochastic, nets: RSSMNetworks, weights: Params,
+    spec: EnvSpec, config: RSSMConfig, law: Stochastic, nets: RSSMNetworks, state: RSSMState,
     key: Key, before: Latent, record: Record, valid: Array,
 ) -> tuple[Array, Learned]:  # fmt: skip
     """Compute the loss of the world model on sequences.
@@ -250,7 +280,7 @@ def rssm_loss(
       config: of the model.
       law: its stochastic latents.
       nets: its networks.
-      weights: their parameters.
+      state: their parameters.
       key: consumed.
       before: [B] latent of the first record.
       record: [B, T + 1, ...]; the first serves for its action only.
@@ -259,11 +289,11 @@ def rssm_loss(
     Returns:
       Scalar, the mean over T records, and what was found on the way.
     """
-    now = jax.tree.map(lambda x: x[:, 1:], record)
+    weights, now = state.weights, jax.tree.map(lambda x: x[:, 1:], record)
     mask = valid[:, 1:].astype(jnp.float32)
     action = spaces.encode_action(spec.action, record.action)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), now.obs)
-    target = observation.prepare(spec.observation, rows)
+    target = observation.prepare(spec.observation, rows, state.statistics.observations)
     tokens = nets.tokens(weights, target).reshape(*mask.shape, -1)
     latent, posterior = filter_sequence(
         nets, law, weights, key, before, tokens, action[:, :-1], now.is_first

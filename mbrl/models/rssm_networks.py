@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mbrl import spaces
+from mbrl import normalization, spaces
 from mbrl.distributions import Categorical, Normal, unimix
 from mbrl.networks import observation
 from mbrl.networks.core import DOTS, INITIALIZERS, NORMS, ensemble, mlp, silu
@@ -45,6 +45,8 @@ class RSSMConfig:
     """Divergence per step below which nothing is learned from it."""
     discount: float = 1.0 - 1.0 / 333.0
     """Folded into the target of the survival head."""
+    normalize: bool = True
+    """Standardize vectors by their running moments (published: symlog alone)."""
     members: int = 0
     """Networks that predict the next latent and reward again, for uncertainty; 0 = none."""
     dtype: str = "float32"
@@ -223,7 +225,9 @@ def rssm_networks(spec: EnvSpec, config: RSSMConfig, law: Stochastic) -> RSSMNet
         return mlp((config.units,) * layers, out, "silu", "fan_in", config.dtype, "rms", scale)
 
     def example() -> Prepared:
-        return observation.prepare(spec.observation, spaces.zeros(spec.observation, (1,)))
+        obs = spaces.zeros(spec.observation, (1,))
+        size = observation.vector_of(spec.observation, obs).shape[-1]
+        return observation.prepare(spec.observation, obs, normalization.empty((size,)))
 
     encoder = observation.Encoder(config.units, config.depth, config.dtype)
     tokens = jax.eval_shape(lambda k: encoder.init_with_output(k, example())[0], jax.random.key(0))

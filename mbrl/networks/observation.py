@@ -1,7 +1,7 @@
 """Encoder and decoder for observations of any space: vectors, images, integers, Dicts.
 
-Numbers are squashed by symlog, integers are one-hot, and both share one network; every
-image (a bounded `Box` of rank three) has a convolutional network of its own.
+Numbers are standardized and squashed by symlog, integers are one-hot, and both share one
+network; every image (a bounded `Box` of rank three) has a convolutional one of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mbrl import spaces
+from mbrl import normalization, spaces
 from mbrl.distributions import Categorical
 from mbrl.networks.convolution import ConvDecoder, ConvEncoder
 from mbrl.networks.core import DOTS, INITIALIZERS, MLP
+from mbrl.normalization import Moments
 from mbrl.two_hot import symexp, symlog
 from mbrl.types import Array, Box, Discrete, MultiDiscrete, Space
 
@@ -37,7 +38,8 @@ class Prepared(NamedTuple):
     """An observation as network input.
 
     Attributes:
-      vector: [B, D] symlog numbers and one-hot integers of all leaves that are no images.
+      vector: [B, D] standardized symlog numbers and one-hot integers of all leaves that are
+        no images.
       images: [B, H, W, C] each, from 0 (lower bound) to 1 (upper bound).
     """
 
@@ -45,33 +47,55 @@ class Prepared(NamedTuple):
     images: tuple[Array, ...]
 
 
-def prepare(space: Space, obs: Any) -> Prepared:
-    """Turn observations of `space`, leaves [B, ...], into network input."""
-    vectors, images = [jnp.zeros((jax.tree.leaves(obs)[0].shape[0], 0))], []
+def vector_of(space: Space, obs: Any) -> Array:
+    """Join all leaves of observations [B, ...] that are no images, [B, D] as they are."""
+    parts = [jnp.zeros((jax.tree.leaves(obs)[0].shape[0], 0))]
     for (_, leaf), x in zip(spaces.leaves(space), jax.tree.leaves(obs), strict=True):
-        if is_image(leaf):
-            assert isinstance(leaf, Box)
+        if not is_image(leaf):
+            parts.append(spaces.flatten(leaf, x))
+    return jnp.concatenate(parts, -1)
+
+
+def numeric(space: Space) -> np.ndarray:
+    """Mark the entries of `vector_of` that are numbers and not categories, bool [D]."""
+    found = [leaf for _, leaf in spaces.leaves(space) if not is_image(leaf)]
+    return np.array(
+        [isinstance(leaf, Box) for leaf in found for _ in range(spaces.flat_size(leaf))], bool
+    )
+
+
+def prepare(space: Space, obs: Any, moments: Moments) -> Prepared:
+    """Turn observations of `space`, leaves [B, ...], into network input.
+
+    Args:
+      space: of the observations.
+      obs: leaves [B, ...].
+      moments: [D] of `vector_of`; those of no data leave the numbers to symlog alone.
+    """
+    images = []
+    for (_, leaf), x in zip(spaces.leaves(space), jax.tree.leaves(obs), strict=True):
+        if isinstance(leaf, Box) and is_image(leaf):
             low, high = spaces.finite_bounds(leaf, "observation")
             images.append((x.astype(jnp.float32) - low) / jnp.maximum(high - low, 1e-6))
-        else:
-            flat = spaces.flatten(leaf, x)
-            vectors.append(symlog(flat) if isinstance(leaf, Box) else flat)
-    return Prepared(jnp.concatenate(vectors, -1), tuple(images))
+    vector = vector_of(space, obs)
+    squashed = symlog(normalization.normalize(moments, vector))
+    return Prepared(jnp.where(numeric(space), squashed, vector), tuple(images))
 
 
-def restore(space: Space, prediction: Prepared) -> Any:
+def restore(space: Space, prediction: Prepared, moments: Moments) -> Any:
     """Turn predictions of a `Decoder` into observations of `space`: the likeliest values."""
     found, images, start = [], list(prediction.images), 0
+    numbers = normalization.denormalize(moments, symexp(prediction.vector))
+    vector = jnp.where(numeric(space), numbers, prediction.vector)
     for _, leaf in spaces.leaves(space):
-        if is_image(leaf):
-            assert isinstance(leaf, Box)
+        if isinstance(leaf, Box) and is_image(leaf):
             low, high = spaces.finite_bounds(leaf, "observation")
             x = low + images.pop(0) * (high - low)
             found.append((jnp.round(x) if leaf.dtype == np.uint8 else x).astype(leaf.dtype))
         else:
-            flat = prediction.vector[..., start : start + spaces.flat_size(leaf)]
-            start += spaces.flat_size(leaf)
-            found.append(spaces.unflatten(leaf, symexp(flat) if isinstance(leaf, Box) else flat))
+            size = spaces.flat_size(leaf)
+            found.append(spaces.unflatten(leaf, vector[..., start : start + size]))
+            start += size
     return jax.tree.unflatten(jax.tree.structure(spaces.zeros(space)), found)
 
 
