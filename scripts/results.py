@@ -217,7 +217,7 @@ def _date(seconds: float) -> str:
 
 
 def speed(measured: Mapping[str, Any]) -> list[Row]:
-    """Turn the JSON of `mbrl bench planning` into result lines.
+    """Turn the JSON of `mbrl bench planning` or `bench_peers.py` into result lines.
 
     Raises:
       ValueError: for a run with `--quick`, whose figures mean nothing.
@@ -238,7 +238,8 @@ def speed(measured: Mapping[str, Any]) -> list[Row]:
         f"load of the machine at the start: {measured['load_before'][0]:.1f}.",
     }
     parts = {
-        "planning": _planning, "preset": _preset, "batch": _batch, "epoch": _epoch, "seeds": _seeds
+        "planning": _planning, "preset": _preset, "batch": _batch, "epoch": _epoch,
+        "seeds": _seeds, "peers": _peers,
     }  # fmt: skip
     rows = [
         {"task": task, "setting": setting, "metric": metric, "value": value, "target": target}
@@ -296,6 +297,19 @@ def _seeds(cases: Mapping[str, Any]) -> Iterable[Line]:
         target = "<= 3" if name == "tiny" else None
         task = f"{case['seeds']} seeds in one program"
         yield task, f"{name} settings", "time relative to one seed", case["ratio"], target
+
+
+def _peers(cases: Mapping[str, Any]) -> Iterable[Line]:
+    for case in cases.values():
+        ours, theirs = case["ours"], case["mbrl_lib"]
+        task = f"PETS-CEM act(), obs {ours['obs']}, action {ours['act']}"
+        setting = f"{ours['population']} plans, horizon {ours['horizon']}, float32"
+        yield task, f"{setting}, by mbrl-lib", "seconds", theirs["median_seconds"], None
+        share = theirs["share_of_gemm"]
+        yield task, f"{setting}, by mbrl-lib", "share of the f32 GEMM rate", share, None
+        beside = f"{setting}, in turns with mbrl-lib"
+        yield task, beside, "seconds", ours["median_seconds"], None
+        yield task, beside, "times faster than mbrl-lib", case["times_faster"], ">= 1"
 
 
 if __name__ == "__main__":

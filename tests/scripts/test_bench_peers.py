@@ -1,0 +1,153 @@
+"""Both sides of the comparison do the same work, take turns, and end on the benchmark page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from scripts import bench, bench_peers, benchmarks_page, results
+from scripts.cli import run
+from scripts.peers import mbrl_lib
+
+FAKE = """#!{python}
+import json, sys
+with open({log!r}, "a") as log:
+    print(json.dumps(sys.argv[1:]), file=log)
+answer = {{"versions": {{"mbrl-lib": "0.2.0", "torch": "2.13.0"}}}}
+if "--check" not in sys.argv:
+    answer |= {{"seconds": [0.5, 0.25, 2.0], "median_seconds": 0.5, "min_seconds": 0.25,
+               "elites": {elites}, "threads": 2}}
+print(json.dumps(answer))
+"""
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+
+
+def script(file: Path, text: str) -> str:
+    file.write_text(text)
+    file.chmod(0o755)
+    return str(file)
+
+
+def fake_peer(folder: Path, elites: int = 2) -> tuple[str, Path]:
+    """Write a Python that answers like mbrl-lib and notes what it was asked."""
+    log = folder / "log"
+    text = FAKE.format(python=sys.executable, log=str(log), elites=elites)
+    return script(folder / "python", text), log
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[list[str]]]:
+    folder = tmp_path_factory.mktemp("peers")
+    python, log = fake_peer(folder)
+    out = folder / "new" / "peers.json"
+    argv = ["--python", python, "--out", str(out), "--repeats", "3", "--quick"]
+    assert bench_peers.main(argv) == 0
+    calls = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    return json.loads(out.read_text("utf-8")), calls
+
+
+def test_the_sides_take_turns_at_the_same_work(measured: Any) -> None:
+    result, calls = measured
+    assert list(result["peers"]) == ["a", "b"]
+    # First whether there is a peer at all; always away from our own `mbrl`.
+    assert [flags[:2] for flags in calls] == [["-I", str(bench_peers.PEER)]] * 3
+    assert calls[0][2:] == ["--check"]
+    sizes = bench.quick_sizes()
+    for flags, side in zip(calls[1:], "ab", strict=True):
+        args, ours = mbrl_lib.parser().parse_args(flags[2:]), result["peers"][side]["ours"]
+        for name in ("obs", "act", "population", "horizon", "iterations", "particles", "members"):
+            assert getattr(args, name) == ours[name], name
+        assert [args.width] * args.layers == ours["hidden"] == list(sizes.hidden)
+        assert (args.repeat, args.elites) == (3, 2)
+        assert ours["method"] == "cem"
+        # One step of all particles of all plans, for every step and iteration.
+        work = args.population * args.particles * args.horizon * args.iterations
+        assert ours["evaluations"] == work
+
+
+def test_rates_of_the_peer_follow_from_our_work_and_its_time(measured: Any) -> None:
+    for name in "ab":
+        case = measured[0]["peers"][name]
+        ours, theirs = case["ours"], case["mbrl_lib"]
+        assert theirs["gflops"] == pytest.approx(ours["gflop"] / 0.5)
+        around = (theirs["gemm_before_gflops"] + theirs["gemm_after_gflops"]) / 2
+        assert theirs["share_of_gemm"] == pytest.approx(theirs["gflops"] / around)
+        assert theirs["seconds"] == [0.5, 0.25, 2.0]
+        assert case["times_faster"] == pytest.approx(0.5 / ours["median_seconds"])
+
+
+def test_both_sides_reach_the_page(measured: Any, tmp_path: Path) -> None:
+    source, out = tmp_path / "peers.json", tmp_path / "lines" / "planning.jsonl"
+    # The line of `mbrl bench` for the same task must stay.
+    row = {"task": "PETS-CEM act(), obs 3, action 1", "metric": "seconds", "value": 1.0}
+    old = results.speed(measured[0] | {"quick": False})[0] | row
+    old |= {"setting": "10 plans, horizon 2, float32", "command": "mbrl bench planning"}
+    results.write(out, [old])
+    source.write_text(json.dumps(measured[0] | {"quick": False}))
+    assert results.main(["bench", str(source), "--out", str(out)]) == 0
+    rows = benchmarks_page.load(out.parent)
+    assert rows.pop(0) == old
+    # The two cases of the quick sizes are of one size: the second overwrites the first.
+    assert [(row["setting"].partition("float32, ")[2], row["metric"]) for row in rows] == [
+        ("by mbrl-lib", "seconds"),
+        ("by mbrl-lib", "share of the f32 GEMM rate"),
+        ("in turns with mbrl-lib", "seconds"),
+        ("in turns with mbrl-lib", "times faster than mbrl-lib"),
+    ]
+    assert rows[0]["value"] == 0.5
+    assert rows[3]["target"] == ">= 1"
+    assert rows[0]["versions"]["mbrl-lib"] == "0.2.0"
+    assert "PEER/bin/python" in rows[0]["command"]
+    assert str(tmp_path.parent) not in benchmarks_page.render(rows)
+
+
+def test_defaults_of_the_peer_are_the_small_case() -> None:
+    args, sizes = mbrl_lib.parser().parse_args([]), bench.Sizes()
+    assert (args.obs, args.act) == sizes.small_task
+    assert [args.width] * args.layers == list(sizes.hidden)
+    for name in ("population", "elites", "horizon", "iterations", "particles"):
+        assert getattr(args, name) == getattr(sizes.small, name), name
+
+
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(python: str, *more: str) -> str:
+        argv = ["--python", python, "--out", str(tmp_path / "x.json"), "--quick", *more]
+        assert run(bench_peers.main, argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert not (tmp_path / "x.json").exists()
+        return line
+
+    fix = "the commands at the top of scripts/peers/mbrl_lib.py"
+    missing = refused(str(tmp_path / "absent"))
+    assert "--python" in missing and "No such file" in missing and fix in missing
+    # This very environment has no mbrl-lib; its own `mbrl` is not mistaken for it.
+    other = refused(sys.executable)
+    assert "mbrl-lib cannot be imported: No package metadata was found for mbrl" in other
+    assert fix in other
+    killed = refused(script(tmp_path / "killed", "#!/bin/sh\nexit 7\n"))
+    assert "exit code 7" in killed
+    chatty = refused(script(tmp_path / "chatty", "#!/bin/sh\necho hello\n"))
+    assert "printed 'hello" in chatty and fix in chatty
+    assert "at least 1" in refused("python", "--repeats", "0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "JAX_PLATFORMS=cpu" in refused("python")
+
+
+def test_another_number_of_elites_is_refused(tmp_path: Path) -> None:
+    python, _ = fake_peer(tmp_path, elites=3)
+    sizes = bench.quick_sizes()
+    config = bench_peers.PeersConfig(python, "", 1)
+    ours = {"obs": 3, "act": 1, "members": 5, "gflop": 1.0}
+    with pytest.raises(ValueError, match="elites"):
+        bench_peers.peer_case(config, sizes, ours, sizes.small)
