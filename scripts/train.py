@@ -21,7 +21,7 @@ from agents import AGENTS
 from agents.presets import preset
 from mbrl.training import checkpoint, run_directory
 from mbrl.training.evaluation import statistics
-from mbrl.training.learner import DriverConfig, Report
+from mbrl.training.learner import DriverConfig, Report, updates_per_step
 from mbrl.training.metrics import MetricsWriter
 from scripts import runs
 from scripts.cli import parse, run
@@ -157,6 +157,9 @@ def _train(
     """Train from the newest save to the end, or until asked to stop."""
     step = saved = 0 if restored is None else restored.step
     snapshot, report = None if restored is None else restored.tree, None
+    ratio = updates_per_step(job.factory({}), config.num_envs)
+    if ratio:
+        print(f"{ratio:g} updates per environment step", file=sys.stderr)
     with Progress(f"{job.agent_name} {job.env_id}", step, config.steps) as progress:
         for report in runs.train(job, snapshot, lambda: stop.requested):
             step = report.step

@@ -223,6 +223,15 @@ def schedule(agent: Agent, config: DriverConfig) -> Schedule:
     return Schedule(warmup, cycle, per_report, -(-config.steps // config.num_envs))
 
 
+def updates_per_step(agent: Agent, num_envs: int) -> float:
+    """Return the minibatches that are learned from per environment step (0 without any)."""
+    sampling = agent.sampling
+    if sampling.kind != "sequences":
+        return 0.0
+    steps = max(1, sampling.every // num_envs) * num_envs
+    return sampling.updates * max(1, num_envs // sampling.every) / steps
+
+
 def seed_keys(seeds: tuple[int, ...]) -> Key:
     """Return one key per seed, [S]; a seed's key does not depend on its neighbours."""
     return jnp.stack([jax.random.key(seed) for seed in seeds])
