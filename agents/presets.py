@@ -17,10 +17,26 @@ _LONG = {"horizon": 75, "noise_beta": 0.5}
 _UNSTABLE = {"horizon": 50, "noise_beta": 0.5, "init_std": 0.2}
 """Half a second of large random forces drops the pole: search close to the last plan."""
 
+_SMALL = {
+    "batch_size": 8, "length": 32, "learning_rate": 3e-4, "warmup": 100, "train_ratio": 0.5,
+    "random_steps": 400, "capacity": 20_000,
+}  # fmt: skip
+"""Dreamer on tasks of thousands of steps: the published step size has not warmed up there."""
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _LONG},
     ("pets", "device/CartPole"): {"planner": _LONG},
     ("pets", "Reacher-v5"): {"train_every": 250, "batch_size": 256},
+    ("dreamer", "CartPole-v1"): _SMALL,
+    ("dreamer", "device/CartPole"): _SMALL,
+    ("dreamer", "Pendulum-v1"): _SMALL,
+    ("dreamer", "device/Pendulum"): _SMALL,
+    ("dreamer", "InvertedPendulum-v5"): _SMALL,
+    ("dreamer", "Acrobot-v1"): _SMALL,
+    ("dreamer", "device/Catch"): _SMALL,
+    ("dreamer", "device/PixelCatch"): _SMALL,
+    ("dreamer", "device/PixelGridWorld"): _SMALL,
+    ("dreamer", "device/MemoryChain"): _SMALL,
     # The cart hits the ends of its rail: the likelihood alone takes that for noise.
     ("pets", "InvertedPendulum-v5"): {"planner": _UNSTABLE, "nll_beta": 0.25},
 }

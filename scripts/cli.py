@@ -67,11 +67,18 @@ def run(job: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> i
 
     Returns:
       The exit code of the job; 2 when it raised a `ValueError` (printed as one line, or
-      with its traceback when `MBRL_TRACEBACK=1`); 130 when it was interrupted.
+      with its traceback when `MBRL_TRACEBACK=1`); 130 when it was interrupted; 141 when
+      whoever read its output has left.
     """
     enable_compilation_cache()
     try:
-        return job(list(sys.argv[1:] if argv is None else argv))
+        try:
+            return job(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ValueError as error:
         if os.environ.get("MBRL_TRACEBACK") == "1":
             raise

@@ -14,6 +14,9 @@ from mbrl.training.host import HostEnvironment, stack
 from mbrl.training.learner import AgentFactory, Hyper, over_seeds
 from mbrl.types import MDP, Array, Carry, Key, State, TimeStep
 
+MAX_EPISODE_STEPS = 100_000
+"""Length at which an episode on the host is taken to be endless."""
+
 
 class Statistics(NamedTuple):
     """Summary of a set of returns."""
@@ -125,6 +128,9 @@ def evaluate_host(
 
     Returns:
       [S, episodes] undiscounted returns.
+
+    Raises:
+      ValueError: when an episode does not end within `MAX_EPISODE_STEPS`.
     """
     num_envs = envs[0].num_envs
     rounds = -(-episodes // num_envs)
@@ -146,9 +152,16 @@ def evaluate_host(
     now = stack([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)])
     running = np.zeros(now.reward.shape)
     returns: list[list[list[float]]] = [[[] for _ in range(num_envs)] for _ in envs]
+    length = np.zeros(now.reward.shape, int)
     while min(len(done) for seed in returns for done in seed) < rounds:
         on_step(now)
         running = np.where(now.is_first, 0.0, running + now.reward)
+        length = np.where(now.is_first, 0, length + 1)
+        if length.max() > MAX_EPISODE_STEPS:
+            raise ValueError(
+                f"env {envs[0].spec.id}: an episode has not ended after {MAX_EPISODE_STEPS} steps; "
+                "give it a time limit (gymnasium.wrappers.TimeLimit, or max_episode_steps)"
+            )
         for s, e in zip(*np.nonzero(now.is_last), strict=True):
             returns[s][e].append(float(running[s, e]))
         keys, action, carry = run_act(keys, agent_state, carry, now.obs, now.is_first, hyper)

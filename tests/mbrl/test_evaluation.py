@@ -177,6 +177,13 @@ def test_short_episodes_are_not_counted_more_often():
     assert returns == [2.0, 30.0, 102.0, 130.0]
 
 
+def test_episode_without_an_end_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mbrl.training.evaluation.MAX_EPISODE_STEPS", 7)
+    assert play([[6]], 1) == [6.0]
+    with pytest.raises(ValueError, match=r"env \S+: an episode has not ended after 7 steps"):
+        play([[8]], 1)
+
+
 def test_host_evaluation_is_greedy_and_starts_each_episode_afresh():
     def act(obs, carry, mode, state):
         assert mode == "greedy"

@@ -147,6 +147,13 @@ def test_interrupt_and_exit_code() -> None:
     assert cli.run(lambda argv: len(argv), ["a", "b", "c"]) == 3
 
 
+def test_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m scripts.cli train pets --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: mbrl train pets")
+    assert done.stderr == ""
+
+
 def test_every_job_exists_and_every_script_runs_as_a_file(tmp_path: Path) -> None:
     for job in cli.JOBS:
         file = ROOT / "scripts" / f"{job}.py"
