@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,9 @@ import jax
 from agents.pets import PETSConfig
 from mbrl.planning import PlannerConfig
 from scripts import bench
+from scripts import bench_planning as planning
 from scripts.cli import parse, run
+from scripts.timing import gemm_rate
 
 PEER = Path(__file__).resolve().parent / "peers" / "mbrl_lib.py"
 FIX = "make an environment with the commands at the top of scripts/peers/mbrl_lib.py"
@@ -83,11 +83,12 @@ def measure(config: PeersConfig) -> dict[str, Any]:
     Raises:
       ValueError: when mbrl-lib cannot be run, before anything is measured.
     """
-    started = time.perf_counter()
     peer_versions = ask(config.python, ["--check"])["versions"]
-    sizes = bench.quick_sizes() if config.quick else bench.Sizes()
-    result = bench.measure(
-        bench.BenchConfig("planning", config.repeats, parts=(), quick=config.quick)
+    sizes = planning.quick_sizes() if config.quick else planning.Sizes()
+    result = bench.report(
+        bench.BenchConfig("planning", config.repeats, quick=config.quick),
+        {"peers": lambda: peers(config, sizes)},
+        planning.COUNTED,
     )
     # Where the environment of mbrl-lib lies is nobody's business.
     result["command"] = (
@@ -95,14 +96,10 @@ def measure(config: PeersConfig) -> dict[str, Any]:
         f"--repeats {config.repeats}"
     )
     result["versions"] |= peer_versions
-    result["peers"] = peers(config, sizes)
-    result["gemm"]["after_gflops"] = bench.gemm_rate(sizes.gemm)
-    result["load_after"] = list(os.getloadavg())
-    result["seconds"] = time.perf_counter() - started
     return result
 
 
-def peers(config: PeersConfig, sizes: bench.Sizes) -> dict[str, Case]:
+def peers(config: PeersConfig, sizes: planning.Sizes) -> dict[str, Case]:
     """Measure one act() of PETS-CEM on a small and a large task, ours and theirs in turns.
 
     Args:
@@ -110,7 +107,7 @@ def peers(config: PeersConfig, sizes: bench.Sizes) -> dict[str, Case]:
       sizes: tasks, planners and network.
 
     Returns:
-      Per task `ours` (see `bench.act_case`), `mbrl_lib` (see `peer_case`) and the ratio of
+      Per task `ours` (see `planning.act_case`), `mbrl_lib` (see `peer_case`) and the ratio of
       their median times, `times_faster`.
     """
     found: dict[str, Case] = {}
@@ -119,7 +116,7 @@ def peers(config: PeersConfig, sizes: bench.Sizes) -> dict[str, Case]:
     for name, (obs, act), plan in cases:
         plan = dataclasses.replace(plan, method="cem")
         print(f"measuring {name}, this library", file=sys.stderr)
-        ours = bench.act_case(sizes, obs, act, plan, net, config.repeats)
+        ours = planning.act_case(sizes, obs, act, plan, net, config.repeats)
         print(f"measuring {name}, mbrl-lib", file=sys.stderr)
         theirs = peer_case(config, sizes, ours, plan)
         faster = theirs["median_seconds"] / ours["median_seconds"]
@@ -127,13 +124,13 @@ def peers(config: PeersConfig, sizes: bench.Sizes) -> dict[str, Case]:
     return found
 
 
-def peer_case(config: PeersConfig, sizes: bench.Sizes, ours: Case, plan: PlannerConfig) -> Case:
+def peer_case(config: PeersConfig, sizes: planning.Sizes, ours: Case, plan: PlannerConfig) -> Case:
     """Measure mbrl-lib at the sizes of one of our cases.
 
     Args:
       config: the Python of the peer, and how many calls.
       sizes: the GEMM and the network, whose layers have one width.
-      ours: what `bench.act_case` returned; the work is the same.
+      ours: what `planning.act_case` returned; the work is the same.
       plan: sizes of the planner.
 
     Returns:
@@ -149,9 +146,9 @@ def peer_case(config: PeersConfig, sizes: bench.Sizes, ours: Case, plan: Planner
         "iterations": plan.iterations, "particles": plan.particles, "members": ours["members"],
         "layers": len(sizes.hidden), "width": sizes.hidden[0],
     }  # fmt: skip
-    before = bench.gemm_rate(sizes.gemm)
+    before = gemm_rate(sizes.gemm)
     answer = ask(config.python, [f"--{name}={value}" for name, value in flags.items()])
-    after = bench.gemm_rate(sizes.gemm)
+    after = gemm_rate(sizes.gemm)
     if answer.pop("elites") != plan.elites:
         raise ValueError(f"mbrl-lib rounds {plan.elites} elites of {plan.population} differently")
     del answer["versions"]  # those of the whole comparison

@@ -217,7 +217,7 @@ def _date(seconds: float) -> str:
 
 
 def speed(measured: Mapping[str, Any]) -> list[Row]:
-    """Turn the JSON of `mbrl bench planning` or `bench_peers.py` into result lines.
+    """Turn the JSON of `mbrl bench` or `bench_peers.py` into result lines.
 
     Raises:
       ValueError: for a run with `--quick`, whose figures mean nothing.
@@ -237,10 +237,12 @@ def speed(measured: Mapping[str, Any]) -> list[Row]:
         "note": f"GEMM rate before and after: {rates} GFLOP/s; "
         f"load of the machine at the start: {measured['load_before'][0]:.1f}.",
     }
-    parts = {
+    planning = {
         "planning": _planning, "preset": _preset, "batch": _batch, "epoch": _epoch,
         "seeds": _seeds, "peers": _peers,
     }  # fmt: skip
+    dreamer = {"1m": _update, "12m": _update, "image": _update, "seeds": _update_seeds}
+    parts = dreamer if measured["benchmark"] == "dreamer" else planning
     rows = [
         {"task": task, "setting": setting, "metric": metric, "value": value, "target": target}
         for part, lines in parts.items()
@@ -310,6 +312,27 @@ def _peers(cases: Mapping[str, Any]) -> Iterable[Line]:
         beside = f"{setting}, in turns with mbrl-lib"
         yield task, beside, "seconds", ours["median_seconds"], None
         yield task, beside, "times faster than mbrl-lib", case["times_faster"], ">= 1"
+
+
+def _update(case: Mapping[str, Any]) -> Iterable[Line]:
+    shape = case["observation"]
+    pixels = len(shape) > 1
+    task = f"Dreamer update, {case['size']}, {'x'.join(map(str, shape))} observation"
+    setting = f"batch {case['batch'][0]} x {case['batch'][1]}, {case['dtype']}"
+    bound = 1.5 if pixels else {"1m": 0.35, "12m": 3.0}[case["size"]]
+    yield task, setting, "seconds", case["median_seconds"], f"<= {bound:g}"
+    yield task, setting, "GFLOP/s", case["gflops"], None
+    yield task, setting, "share of the f32 GEMM rate", case["share_of_gemm"], None
+    first = case["setup_seconds"] + case["first_update_seconds"]
+    yield task, setting, "seconds to the first update", first, "<= 15"
+    yield task, setting, "milliseconds per policy step", case["policy_milliseconds"], "<= 0.5"
+    memory = "<= 2" if pixels else None
+    yield task, setting, "GiB at the peak of the process", case["peak_gib"], memory
+
+
+def _update_seeds(case: Mapping[str, Any]) -> Iterable[Line]:
+    task = f"Dreamer update, {case['seeds']} seeds in one program"
+    yield task, "1m", "time relative to one seed", case["ratio"], "<= 2.5"
 
 
 if __name__ == "__main__":

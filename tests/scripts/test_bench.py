@@ -13,7 +13,7 @@ import pytest
 from mbrl import spaces
 from mbrl.planning import PlannerConfig
 from mbrl.types import MDP, Array, EnvSpec, Outcome
-from scripts import bench, results
+from scripts import bench, bench_planning, flops, results
 
 FAST = ("planning", "preset", "batch", "epoch")
 
@@ -29,12 +29,12 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_work_is_counted_from_the_layer_sizes() -> None:
     # 4 + 1 inputs, four layers of 200, mean and log-variance of 4 changes and a reward.
     macs = 5 * 200 + 3 * 200 * 200 + 200 * 10
-    assert bench.network_flop(4, 1, (200,) * 4) == 2 * macs == 246_000
-    sizes = bench.Sizes()
+    assert bench_planning.network_flop(4, 1, (200,) * 4) == 2 * macs == 246_000
+    sizes = bench_planning.Sizes()
     assert sizes.small.evaluations() == 500 * 15 * 5 * 20
     # The published sizes of the two cases, in GFLOP.
     assert round(246_000 * sizes.small.evaluations() / 1e9, 1) == 184.5
-    work = bench.network_flop(17, 6, (200,) * 4) * sizes.large.evaluations()
+    work = bench_planning.network_flop(17, 6, (200,) * 4) * sizes.large.evaluations()
     assert round(work / 1e9) == 316
     assert sizes.small.elites * 10 == sizes.small.population
     assert sizes.large.elites * 10 == sizes.large.population
@@ -77,8 +77,40 @@ def test_the_result_lines_are_made_of_what_is_measured(result: dict[str, Any]) -
 
 
 @pytest.mark.slow
+def test_dreamer_is_measured(tmp_path: Path) -> None:
+    file, out = tmp_path / "dreamer.json", tmp_path / "lines.jsonl"
+    assert bench.main(["dreamer", "--quick", "--repeats", "2", "--out", str(file)]) == 0
+    found = json.loads(file.read_text("utf-8"))
+    assert found["1m"]["gflop"] > 0
+    assert found["image"]["observation"] == [8, 8, 3]
+    with pytest.raises(ValueError, match="--quick"):
+        results.speed(found)
+    results.write(out, results.speed(found | {"quick": False}))
+    metrics = {json.loads(line)["metric"] for line in out.read_text("utf-8").splitlines()}
+    assert {"seconds", "milliseconds per policy step", "time relative to one seed"} <= metrics
+
+
+def test_loops_count_as_often_as_they_run() -> None:
+    x, w = jnp.zeros((3, 4)), jnp.zeros((4, 4))
+
+    def looped(x: Array, w: Array) -> Array:
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=7)[0]
+
+    assert flops.count_flops(looped, x, w) == 7 * 2 * 3 * 4 * 4
+    # The gradient takes two more products per step, and none for the constant start.
+    assert flops.count_flops(jax.grad(lambda w: looped(x, w).sum()), w) == 3 * 7 * 2 * 3 * 4 * 4
+    image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((5, 5, 3, 6))
+
+    def convolved(image: Array, kernel: Array) -> Array:
+        form = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=form)
+
+    assert flops.count_flops(convolved, image, kernel) == 2 * 2 * 8 * 8 * 6 * 5 * 5 * 3
+
+
+@pytest.mark.slow
 def test_several_seeds_are_compared_with_one() -> None:
-    found = bench.seeds(bench.quick_sizes())
+    found = bench_planning.seeds(bench_planning.quick_sizes())
     assert set(found) == {"tiny", "default"}
     for case in found.values():
         assert 0 < case["one"]["warm_seconds"] < case["one"]["total_seconds"]
@@ -94,7 +126,7 @@ def test_traces_are_counted() -> None:
 
     mdp = MDP(lambda params, key, obs=None, batch=1: obs, step, lambda p, s: s, spec)
     config = PlannerConfig(method="cem", population=4, elites=2, iterations=1, horizon=2)
-    act, init, traces = bench.act_function(mdp, config)
+    act, init, traces = bench_planning.act_function(mdp, config)
     for batch, expected in ((1, 1), (1, 1), (2, 2), (1, 2)):
         act(None, jax.random.key(0), jnp.zeros((batch, 1)), init(batch))
         assert traces[0] == expected

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from scripts import bench, bench_peers, benchmarks_page, results
+from scripts import bench_peers, bench_planning, benchmarks_page, results
 from scripts.cli import run
 from scripts.peers import mbrl_lib
 
@@ -61,7 +61,7 @@ def test_the_sides_take_turns_at_the_same_work(measured: Any) -> None:
     # First whether there is a peer at all; always away from our own `mbrl`.
     assert [flags[:2] for flags in calls] == [["-I", str(bench_peers.PEER)]] * 3
     assert calls[0][2:] == ["--check"]
-    sizes = bench.quick_sizes()
+    sizes = bench_planning.quick_sizes()
     for flags, side in zip(calls[1:], "ab", strict=True):
         args, ours = mbrl_lib.parser().parse_args(flags[2:]), result["peers"][side]["ours"]
         for name in ("obs", "act", "population", "horizon", "iterations", "particles", "members"):
@@ -111,7 +111,7 @@ def test_both_sides_reach_the_page(measured: Any, tmp_path: Path) -> None:
 
 
 def test_defaults_of_the_peer_are_the_small_case() -> None:
-    args, sizes = mbrl_lib.parser().parse_args([]), bench.Sizes()
+    args, sizes = mbrl_lib.parser().parse_args([]), bench_planning.Sizes()
     assert (args.obs, args.act) == sizes.small_task
     assert [args.width] * args.layers == list(sizes.hidden)
     for name in ("population", "elites", "horizon", "iterations", "particles"):
@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_is_refused(
 
 def test_another_number_of_elites_is_refused(tmp_path: Path) -> None:
     python, _ = fake_peer(tmp_path, elites=3)
-    sizes = bench.quick_sizes()
+    sizes = bench_planning.quick_sizes()
     config = bench_peers.PeersConfig(python, "", 1)
     ours = {"obs": 3, "act": 1, "members": 5, "gflop": 1.0}
     with pytest.raises(ValueError, match="elites"):
