@@ -60,7 +60,7 @@ def fit(x: Array, mask: Array | None = None, feature_ndim: int = 1) -> Moments:
         )
     weight = jnp.ones(lead, bool) if mask is None else mask.astype(bool)
     weight = weight.reshape(-1)
-    x = jnp.asarray(x, jnp.float32).reshape(-1, *shape)
+    x = jnp.asarray(x, jnp.float32).reshape(weight.shape[0], *shape)
     rows = weight.reshape(-1, *(1,) * feature_ndim)
     count = jnp.sum(weight, dtype=jnp.float32)
     # Everything is measured from the first row that counts: a constant dimension then has

@@ -149,3 +149,10 @@ def test_return_scale_is_an_average_of_percentiles_with_a_floor() -> None:
     scale = step(scale, returns)
     np.testing.assert_allclose(scale, [0.5 * 1.99, 9.5 * 1.99], rtol=1e-5)
     assert step(norm.empty_return_scale(), returns / 1000).value == 1.0
+
+
+def test_rows_without_entries_have_moments_too():
+    # An agent that sees images alone still keeps the moments of its empty vector.
+    empty = norm.fit(jnp.zeros((5, 0)))
+    assert empty.mean.shape == empty.var.shape == (0,)
+    assert empty.count == 5
