@@ -1,4 +1,7 @@
-"""`mbrl report`: learning curves and a table from the metrics of one or several runs."""
+"""`mbrl report`: learning curves and a table from the metrics of one or several runs.
+
+With `--dream`, what the latent model of one run predicts without looking (`scripts.dream`).
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,10 @@ import tyro
 from mbrl.training.evaluation import statistics
 from mbrl.training.run_directory import read_config
 from scripts.cli import parse, run
+from scripts.figures import COLOURS, STYLE
 
 TRAIN, EVAL = "episode_return", "eval/return_mean"
 PANEL_WORDS = ("holdout", "loss", "error")
-COLOURS = ("#2f6fb0", "#d1603d", "#3d9970", "#8e5ea2", "#c9a227", "#4a5568", "#c2477f", "#5bb5c4")
-INK, FAINT = "#2d3748", "#d8dee6"
 
 Seed = tuple[int, int]
 """Number of the file and seed in it: one seed may lie in several folders of a sweep."""
@@ -31,15 +33,24 @@ Seed = tuple[int, int]
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Draw learning curves (median over seeds, band of the middle half) and print a table."""
+    """Draw learning curves (median over seeds, band of the middle half) and print a table.
+
+    With --dream: play episodes with the trained agent, let its latent model predict them
+    open loop, draw that beside the truth, and print its errors as one line of JSON.
+    """
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Run folders; each is one curve over all seeds found below it."""
-    out: str = ""  # PNG to write; curve.png in the first run when empty
+    out: str = ""  # PNG to write; curve.png or dream.png in the first run when empty
     labels: tuple[str, ...] = ()  # names of the runs; folder names when empty
     title: str = ""  # above the figure; the environment when the runs tell it
     window: int = 10  # training episodes in the moving average, at most a tenth of them
     json: bool = False  # print the table as one JSON object
+    dream: bool = False  # open-loop predictions of one run: PNG, or GIF of images
+    episodes: int = 10  # dream: episodes to play; the errors are means over them
+    context: int = 0  # dream: records the model sees; 0 = 5, or half of shorter episodes
+    length: int = 50  # dream: records of an episode, the context included
+    seed: int = 0  # dream: of the start states
 
 
 class Run(NamedTuple):
@@ -71,6 +82,8 @@ def main(argv: list[str]) -> int:
         )
     if config.window < 1:
         raise ValueError(f"--window: got {config.window}, expected at least 1")
+    if config.dream:
+        return _dream(config)
     labels = config.labels or [Path(path).resolve().name for path in config.runs]
     runs = [load(Path(path), label) for path, label in zip(config.runs, labels, strict=True)]
     out = Path(config.out or Path(config.runs[0]) / "curve.png")
@@ -82,6 +95,16 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"figure": str(out), "runs": rows}))
     else:
         _print(rows, out)
+    return 0
+
+
+def _dream(config: ReportConfig) -> int:
+    from scripts import dream  # builds agents and environments, which curves do without
+
+    if len(config.runs) != 1:
+        raise ValueError(f"RUN: got {len(config.runs)}, expected one run with --dream")
+    window = dream.Window(config.episodes, config.context, config.length, config.seed)
+    print(json.dumps(dream.show(Path(config.runs[0]), config.out, window, config.title)))
     return 0
 
 
@@ -212,7 +235,7 @@ def draw(runs: Sequence[Run], out: Path, title: str = "", window: int = 10) -> N
     from matplotlib import pyplot as plt
 
     small = panels(runs)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(10.5 if small else 7.5, 4.6), layout="constrained")
         columns = (2.4, 1.0) if small else (1.0,)
         grid = figure.add_gridspec(max(len(small), 1), len(columns), width_ratios=columns)
@@ -232,23 +255,6 @@ def draw(runs: Sequence[Run], out: Path, title: str = "", window: int = 10) -> N
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=160)
         plt.close(figure)
-
-
-_STYLE: dict[Any, Any] = {
-    "font.size": 10.0,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-}
 
 
 def _colours(number: int) -> list[str]:
