@@ -22,6 +22,7 @@ from mbrl.models.rssm_networks import (
     stochastic,
 )
 from mbrl.networks import observation
+from mbrl.networks.core import DOTS
 from mbrl.normalization import Moments
 from mbrl.two_hot import symexp_bins, symlog, two_hot_mean
 from mbrl.types import MDP, Array, Box, EnvSpec, Key, Metrics, Outcome, Params, Record
@@ -312,7 +313,9 @@ def rssm_loss(
         "representation": REPRESENTATION * divergence.representation,
     }
     if config.members:
-        terms["ensemble"] = _members_error(nets, weights, latent, action[:, 1:], now)
+        error = _members_error(nets, weights, latent, action[:, 1:], now)
+        # A pair counts where both of its records hold data.
+        terms["ensemble"] = error * jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     means = {f"model/{k}": jnp.mean(mask * v.reshape(mask.shape)) for k, v in terms.items()}
     entropies = {
         "model/prior_entropy": prior.entropy().sum(-1).mean(),
@@ -338,6 +341,8 @@ def _check(spec: EnvSpec, config: RSSMConfig) -> None:
         raise ValueError(
             f"deter: got {config.deter}, expected a multiple of blocks = {config.blocks}"
         )
+    if config.dtype not in DOTS:
+        raise ValueError(f"dtype: got {config.dtype!r}, expected one of {list(DOTS)}")
     if not 0 <= config.classes <= 256 or config.classes == 1:
         raise ValueError(f"classes: got {config.classes}, expected 2 to 256, or 0 for Gaussian")
     for path, leaf in spaces.leaves(spec.action):

@@ -13,7 +13,7 @@ from flax import linen as nn
 from mbrl import normalization, spaces
 from mbrl.distributions import Categorical, Normal, unimix
 from mbrl.networks import observation
-from mbrl.networks.core import DOTS, INITIALIZERS, NORMS, ensemble, mlp, silu
+from mbrl.networks.core import DOTS, INITIALIZERS, NORMS, ensemble, matmul, mlp, silu
 from mbrl.networks.observation import Prepared
 from mbrl.networks.recurrent import BlockGRU, scaled_init
 from mbrl.types import Array, EnvSpec, Key, Params
@@ -184,8 +184,7 @@ class Posterior(nn.Module):
         return self.out(silu(self.norm(self._dot(deter, self.from_deter) + drive)))
 
     def _dot(self, x: Array, kernel: Array) -> Array:
-        dot = DOTS[self.dtype] or jax.lax.dot_general
-        return dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        return matmul(x, kernel, self.dtype)
 
 
 class RSSMNetworks(NamedTuple):

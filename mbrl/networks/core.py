@@ -94,6 +94,11 @@ def _bfloat16_dot(lhs: Array, rhs: Array, dimensions: Any, **_: Any) -> Array:
 DOTS: dict[str, Callable[..., Array] | None] = {"float32": None, "bfloat16": _bfloat16_dot}
 
 
+def matmul(x: Array, kernel: Array, dtype: str = "float32") -> Array:
+    """Multiply [..., I] by [I, O] in float32, or with inputs rounded to bfloat16."""
+    return _bfloat16_matmul(x, kernel) if dtype == "bfloat16" else x @ kernel
+
+
 class MLP(nn.Module):
     """A stack of dense layers as a Linen module; see `mlp` for the fields."""
 

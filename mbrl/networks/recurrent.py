@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mbrl.networks.core import DOTS, MLP, NORMS, sigmoid, silu
+from mbrl.networks.core import MLP, NORMS, matmul, sigmoid, silu
 from mbrl.types import Array, Key
 
 
@@ -38,18 +38,16 @@ def block_product(x: Array, kernel: Array, dtype: str = "float32", parts: int = 
       P arrays [B, G * O], each with its blocks side by side.
     """
     groups, _, width = kernel.shape
-    low = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
-    x, kernel = x.astype(low), kernel.astype(low)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def batched(x: Array, kernel: Array) -> list[Array]:
-        y = product("bgi,gio->bgo", x.reshape(x.shape[0], groups, -1), kernel)
+        rows = x.reshape(x.shape[0], groups, -1)
+        y = jax.vmap(partial(matmul, dtype=dtype), (1, 0), 1)(rows, kernel)
         y = y.reshape(x.shape[0], groups, parts, -1)
         return [y[:, :, i].reshape(x.shape[0], -1) for i in range(parts)]
 
     def one_by_one(x: Array, kernel: Array) -> list[Array]:
         rows = jnp.split(x, groups, 1)
-        ys = [product("bi,io->bo", row, block) for row, block in zip(rows, kernel, strict=True)]
+        ys = [matmul(row, block, dtype) for row, block in zip(rows, kernel, strict=True)]
         cuts = [jnp.split(y, parts, 1) for y in ys]
         return [jnp.concatenate([cut[i] for cut in cuts], 1) for i in range(parts)]
 
@@ -146,5 +144,4 @@ class BlockGRU(nn.Module):
         return update * candidate + (1.0 - update) * state
 
     def _dot(self, x: Array, kernel: Array) -> Array:
-        dot = DOTS[self.dtype] or jax.lax.dot_general
-        return dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        return matmul(x, kernel, self.dtype)
