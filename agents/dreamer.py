@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mbrl import normalization, optim, policies, replay, returns, spaces
+from mbrl import normalization, optim, policies, replay, spaces
 from mbrl.distributions import TwoHot
-from mbrl.imagination import imagine, imagined_targets
+from mbrl.imagination import imagine, imagined_targets, replay_targets
 from mbrl.losses.policy_gradient import reinforce_loss, two_hot_critic_loss
 from mbrl.mdp import SplitParams, penalized, with_reward
 from mbrl.models.reward import given_reward
@@ -192,6 +192,7 @@ def make_dreamer(
     Raises:
       ValueError: for unbounded actions, and impossible settings.
     """
+    _check(config)
     sampling = replay.minibatches(
         config.train_ratio, config.batch_size, config.length + 1, config.capacity,
         config.random_steps,
@@ -241,8 +242,8 @@ def make_dreamer(
 
     def learn(state: DreamerState, inputs: Any) -> tuple[DreamerState, tuple[Metrics, Any]]:
         record, valid, key = inputs
-        statistics = model.standardize(state.statistics, record, valid)
-        state = state._replace(statistics=statistics)
+        before = state
+        state = state._replace(statistics=model.standardize(state.statistics, record, valid))
         grad_fn = jax.value_and_grad(partial(total_loss, parts, config), has_aux=True)
         (_, found), grads = grad_fn(state.weights, state, record, valid, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
@@ -253,12 +254,16 @@ def make_dreamer(
             "model/skipped_updates": counts.skipped.astype(jnp.float32),
             "model/skipped_in_a_row": counts.consecutive.astype(jnp.float32),
         }
-        # The latent before a sequence stays as it was: nothing newer is known of it.
+        # The latent before a sequence stays as it was: nothing newer is known of it. After a
+        # skipped update everything does, or its NaN would spoil all that follow.
+        applied = counts.consecutive == 0
         latents = jax.tree.map(
-            lambda old, new: jnp.concatenate([old[:, :1], new], 1),
+            lambda old, new: jnp.concatenate([old[:, :1], jnp.where(applied, new, old[:, 1:])], 1),
             record.extras, model.pack(found.latent),
         )  # fmt: skip
-        state = DreamerState(weights, slow_value, statistics, found.scale, opt_state)
+        learned = DreamerState(weights, slow_value, state.statistics, found.scale, before.opt_state)
+        state = jax.tree.map(partial(jnp.where, applied), learned, before)
+        state = state._replace(opt_state=opt_state)
         return state, (metrics, latents)
 
     def update(state: DreamerState, batch: Batch, key: Key) -> tuple[DreamerState, Metrics, Any]:
@@ -297,7 +302,7 @@ def total_loss(
     critic = parts.critic(weights.value, dream.state)
     final = parts.critic(weights.value, dream.final)
     values = stop(jnp.concatenate([critic.mean, final.mean[None]]))
-    root = config.discount * parts.model.survival(world, start)
+    root = config.discount * parts.model.survival(world, start) * valid[:, 1:].reshape(-1)
     targets = imagined_targets(dream, values, root, config.lambda_)
 
     scale = normalization.update_return_scale(state.scale, targets.returns)
@@ -309,10 +314,14 @@ def total_loss(
     critic_loss = two_hot_critic_loss(
         critic, targets.returns, parts.critic(state.slow_value, dream.state), targets.weight
     )
-    bootstrap = targets.returns[0].reshape(valid[:, 1:].shape)
-    replay_loss = replay_critic_loss(
-        parts, config, weights, state, learned.latent, record, valid, bootstrap
-    )
+    beyond = targets.returns[0].reshape(valid[:, 1:].shape)
+    real = jax.tree.map(lambda x: x[:, 1:], record)
+    replayed = replay_targets(real, valid[:, 1:], beyond, config.discount, config.lambda_)
+    seen = jax.tree.map(lambda x: x[:, :-1], learned.latent)
+    replay_loss = two_hot_critic_loss(
+        parts.critic(weights.value, seen), replayed.returns,
+        parts.critic(state.slow_value, seen), replayed.weight,
+    )  # fmt: skip
     loss = model_loss + actor_loss + critic_loss + config.replay_value * replay_loss
     metrics = learned.metrics | {
         "loss": loss,
@@ -327,18 +336,15 @@ def total_loss(
     return loss, Found(learned.latent, scale, metrics)
 
 
-def replay_critic_loss(
-    parts: Parts, config: DreamerConfig, weights: Weights, state: DreamerState, latent: Latent,
-    record: Record, valid: Array, bootstrap: Array,
-) -> Array:  # fmt: skip
-    """Fit the critic to real rewards; beyond each record stands its imagined return [B, T]."""
-    record = jax.tree.map(lambda x: x[:, 1:], record)
-    signals = jax.vmap(returns.align, (0, None))(record, config.discount)
-    target = jax.vmap(returns.lambda_returns)(
-        signals.r_t, signals.discount_t, bootstrap[:, 1:], config.lambda_ * signals.trace_t
-    )
-    latent = jax.tree.map(lambda x: x[:, :-1], latent)
-    weight = (signals.valid & valid[:, 1:-1]).astype(jnp.float32)
-    return two_hot_critic_loss(
-        parts.critic(weights.value, latent), target, parts.critic(state.slow_value, latent), weight
-    )
+def _check(config: DreamerConfig) -> None:
+    for name, choices in (("latent", ("discrete", "gaussian")), ("actor", ("policy", "planner"))):
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name}: got {getattr(config, name)!r}, expected one of {choices}")
+    for name, least in (("horizon", 1), ("batch_size", 1), ("length", 2), ("members", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
+    if not config.members and isinstance(config.penalty, float) and config.penalty:
+        raise ValueError(
+            f"members: got 0 with penalty={config.penalty}, expected an ensemble to disagree; set "
+            "for example --members 5"
+        )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mbrl import returns, spaces
 from mbrl.mdp import discounted, rollout
-from mbrl.types import MDP, Array, Key, Outcome, Params, State
+from mbrl.types import MDP, Array, Key, Outcome, Params, Record, State
 
 
 class Dream(NamedTuple):
@@ -98,3 +98,33 @@ def imagined_targets(dream: Dream, values: Array, root: Array, lambda_: Array | 
     target = along(dream.reward, dream.discount, values[1:], lambda_)
     reached = jnp.cumprod(jnp.concatenate([root[None], dream.discount[:-1]]), 0)
     return jax.lax.stop_gradient(Targets(target, target - values[:-1], reached))
+
+
+class ReplayTargets(NamedTuple):
+    """What a critic learns from real sequences, [B, T - 1] each."""
+
+    returns: Array
+    weight: Array
+
+
+def replay_targets(
+    record: Record, valid: Array, beyond: Array, discount: Array | float, lambda_: Array | float
+) -> ReplayTargets:
+    """Compute returns of real rewards, beyond which imagined returns stand.
+
+    Args:
+      record: [B, T, ...] sequences that may cross the borders of episodes.
+      valid: [B, T], rows that hold data.
+      beyond: [B, T] return that is imagined from each record on.
+      discount: per step.
+      lambda_: mixes returns of different lengths.
+
+    Returns:
+      Returns of all records but the last, and 1 where such a record starts a transition.
+    """
+    signals = jax.vmap(returns.align, (0, None))(record, discount)
+    target = jax.vmap(returns.lambda_returns)(
+        signals.r_t, signals.discount_t, beyond[:, 1:], lambda_ * signals.trace_t
+    )
+    weight = (signals.valid & valid[:, :-1]).astype(jnp.float32)
+    return jax.lax.stop_gradient(ReplayTargets(target, weight))
