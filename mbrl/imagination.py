@@ -123,8 +123,11 @@ def replay_targets(
       Returns of all records but the last, and 1 where such a record starts a transition.
     """
     signals = jax.vmap(returns.align, (0, None))(record, discount)
+    both = valid[:, :-1] & valid[:, 1:]
+    # Where the next transition lacks data, a return ends with what is imagined.
+    trace = signals.trace_t * jnp.pad(both[:, 1:], ((0, 0), (0, 1)), constant_values=True)
     target = jax.vmap(returns.lambda_returns)(
-        signals.r_t, signals.discount_t, beyond[:, 1:], lambda_ * signals.trace_t
+        signals.r_t, signals.discount_t, beyond[:, 1:], lambda_ * trace
     )
-    weight = (signals.valid & valid[:, :-1]).astype(jnp.float32)
+    weight = (signals.valid & both).astype(jnp.float32)
     return jax.lax.stop_gradient(ReplayTargets(target, weight))

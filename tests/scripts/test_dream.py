@@ -18,7 +18,7 @@ from mbrl import spaces
 from mbrl.models.rssm import RSSM
 from mbrl.training import checkpoint, run_directory
 from mbrl.training.learner import DriverConfig
-from mbrl.types import MDP
+from mbrl.types import MDP, TimeStep
 from scripts import dream, report, runs
 from scripts.cli import main
 from scripts.cli import run as run_job
@@ -103,6 +103,43 @@ def test_bands_of_numbers(pendulum, tmp_path, capsys):
     with Image.open(out) as image:
         assert (image.format, image.width) == ("PNG", 1680)
         assert image.height == round((3 * 1.75 + 1.1) * 160)  # three numbers, reward, survival
+
+
+class Sums:
+    """Observe the sum of the actions so far; row 0 has episodes of two steps, row 1 of nine."""
+
+    num_envs = 2
+
+    def reset(self, seed: int) -> TimeStep:
+        self.sum, self.time = np.full(2, float(seed)), np.zeros(2, int)
+        return self.emit()
+
+    def step(self, action: np.ndarray) -> TimeStep:
+        over = self.time == (2, 9)
+        self.sum = np.where(over, 0.0, self.sum + action)
+        self.time = np.where(over, 0, self.time + 1)
+        return self.emit()
+
+    def emit(self) -> TimeStep:
+        over = self.time == (2, 9)
+        return TimeStep(self.sum.copy(), 0.0 * self.sum, self.time == 0, over, over)
+
+
+def test_the_tape_keeps_each_action_with_what_it_was_taken_at():
+    tape = dream.Tape(Sums(), 6)
+    now, rng = tape.reset(10), np.random.default_rng(0)
+    shown = [now.is_last]
+    for _ in range(8):
+        now = tape.step(rng.normal(size=2))
+        shown.append(now.is_last)
+    # The first episode of row 1 is cut at its sixth record, that of row 0 ends by itself.
+    assert np.argmax(shown, 0).tolist() == [2, 5]
+    record, valid = tape.read()
+    assert valid.tolist() == [[True] * 3 + [False] * 3, [True] * 6]
+    assert record.is_terminal[:, :3].tolist() == [[False, False, True], [False] * 3]
+    assert record.obs[:, 0].tolist() == [10, 10]
+    np.testing.assert_allclose(np.diff(record.obs[1]), record.action[1, :-1])
+    np.testing.assert_allclose(np.diff(record.obs[0, :3]), record.action[0, :2])
 
 
 def simulator(mdp: MDP) -> RSSM:
