@@ -75,7 +75,7 @@ def measure(folder: Path, config: BudgetConfig) -> Any:
     restored = runs.restore(job, folder)
     if restored is None:
         raise ValueError(f"{folder}: there is no save to plan with; train it first")
-    state = runs.agent_state(job, restored.tree)
+    state = runs.learner_of(restored.tree).agent
     versions = run_directory.versions()
     origin = results.origin(versions) | {"commit": versions.get("commit", "unknown")}
     for plan in planners(job.config.planner, config):

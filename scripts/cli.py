@@ -27,6 +27,7 @@ JOBS = {
     "evaluate": "play a trained agent and print mean, std and IQM of its returns",
     "report": "draw learning curves from metrics and print a table",
     "sweep": "run a grid of training commands",
+    "collect": "write the records of a run to a file, to train on them offline",
     "bench": "measure speed on this machine",
     "doctor": "print versions, devices and known clashes",
 }

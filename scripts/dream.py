@@ -85,7 +85,7 @@ def show(folder: Path, out: str, window: Window, title: str = "") -> dict[str, A
     restored = runs.restore(run, folder)
     if restored is None:
         raise ValueError(f"{folder}: there is no save to dream from; train it first")
-    state = jax.tree.map(lambda x: x[:1], runs.agent_state(run, restored.tree))
+    state = jax.tree.map(lambda x: x[:1], runs.learner_of(restored.tree).agent)
     record, valid = play(run, state, window)
     context = _context(window, valid.shape[1])
     model, world = LATENT[run.agent_name](run, jax.tree.map(lambda x: x[0], state))
@@ -120,7 +120,7 @@ def play(run: runs.Run, agent_state: Any, window: Window) -> tuple[Record, np.nd
       episode of their row [B, T].
     """
     if run.env is None:
-        env: Any = envs.make(run.env_id, window.episodes, run.on_bad)
+        env: Any = envs.make(run.env_id, window.episodes, run.on_bad, **run.options)
     else:
         env = envs.from_vector_env(envs.mdp_to_vector_env(run.env, None, window.episodes))
     tape: Any = Tape(env, window.length)

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         if config.video and not (frames and now.is_first[0, 0]):
             frames.append(np.asarray(host_envs[0].render(0)))
 
-    state = runs.agent_state(trained, restored.tree)
+    state = runs.learner_of(restored.tree).agent
     returns = runs.evaluate(job, state, config.episodes, config.seed, film, **options)
     result = summary(job, returns, restored.step)
     if config.video:

@@ -24,13 +24,16 @@ from mbrl.training.host import run_host
 from mbrl.training.learner import (
     DriverConfig,
     Hyper,
+    Learner,
     Report,
     example_record,
     schedule,
     seed_keys,
     start_learners,
 )
-from mbrl.types import MDP, Agent, EnvSpec
+from mbrl.training.offline import run_offline
+from mbrl.training.recorded import read_records
+from mbrl.types import MDP, Agent, EnvSpec, Record
 
 CHECKPOINTS = "checkpoints"
 EVALUATION_SEED = 1_000_003
@@ -48,6 +51,8 @@ class Run(NamedTuple):
       on_bad: policy for numbers that are not finite.
       env: a device MDP, or None when the environment lives on the host.
       spec: spaces of the environment.
+      options: further arguments of `envs.make`.
+      data: file of recorded data to train on instead of the environment, or ''.
     """
 
     agent_name: str
@@ -57,6 +62,8 @@ class Run(NamedTuple):
     on_bad: Any
     env: MDP | None
     spec: EnvSpec
+    options: Mapping[str, Any]
+    data: str
 
     def factory(self, hyper: Hyper) -> Agent:
         """Build the agent, with float settings replaced by traced ones."""
@@ -66,6 +73,7 @@ class Run(NamedTuple):
     def host_envs(self, num_envs: int | None = None, **options: Any) -> list[HostEnv]:
         """Build one host environment per seed."""
         num_envs = num_envs or self.driver.num_envs
+        options = {**self.options, **options}
         return [
             typing.cast(HostEnv, envs.make(self.env_id, num_envs, self.on_bad, **options))
             for _ in self.driver.seeds
@@ -73,36 +81,57 @@ class Run(NamedTuple):
 
 
 def build(
-    agent_name: str, config: Any, env_id: str, driver: DriverConfig, on_bad: Any = "raise"
-) -> Run:
+    agent_name: str, config: Any, env_id: str, driver: DriverConfig, on_bad: Any = "raise",
+    options: Mapping[str, Any] | None = None, data: str = "",
+) -> Run:  # fmt: skip
     """Check that everything fits together, and how much memory replay takes.
 
     Raises:
       ValueError: for an unknown environment, settings or spaces that do not fit, or a
         replay that is larger than the memory.
     """
-    env = envs.make(env_id, driver.num_envs, on_bad)
-    run = Run(
-        agent_name, config, env_id, driver, on_bad, env if isinstance(env, MDP) else None, env.spec
-    )
+    options = options or {}
+    env = envs.make(env_id, driver.num_envs, on_bad, **options)
+    on_device = env if isinstance(env, MDP) else None
+    run = Run(agent_name, config, env_id, driver, on_bad, on_device, env.spec, options, data)
     if isinstance(env, HostEnv):
         env.close()
     agent = run.factory({})
     schedule(agent, driver)
-    example = example_record(agent, env.spec, driver.num_envs)
-    size = replay.nbytes(example, driver.num_envs, agent.sampling.capacity) * len(driver.seeds)
-    replay.check_memory(size, "replay")
+    if not data:
+        _check_replay(run, driver.num_envs, agent.sampling.capacity)
     return run
 
 
-def train(run: Run, snapshot: Any, should_stop: Any) -> Iterator[Report]:
-    """Run the driver that fits the environment."""
+def _check_replay(run: Run, num_envs: int, capacity: int) -> None:
+    example = example_record(run.factory({}), run.spec, num_envs)
+    size = replay.nbytes(example, num_envs, capacity) * len(run.driver.seeds)
+    replay.check_memory(size, "replay")
+
+
+def read_data(run: Run) -> Record | None:
+    """Read the recorded data of an offline run; None when it trains in an environment.
+
+    Raises:
+      ValueError: for data that do not fit the task or the memory.
+    """
+    if not run.data:
+        return None
+    record = read_records(Path(run.data), run.spec)
+    streams, rows = record.reward.shape
+    _check_replay(run, streams, streams * rows)
+    return record
+
+
+def train(run: Run, snapshot: Any, should_stop: Any, data: Record | None) -> Iterator[Report]:
+    """Run the driver that fits the environment, or the one that needs none."""
+    options = {"snapshot": snapshot, "should_stop": should_stop}
+    if data is not None:
+        return run_offline(run.factory, run.spec, data, run.driver, **options)
     if run.env is not None:
-        return run_device(
-            run.factory, run.env, run.driver, snapshot=snapshot, should_stop=should_stop
-        )
+        return run_device(run.factory, run.env, run.driver, **options)
     host_envs: list[Any] = run.host_envs()
-    return run_host(run.factory, host_envs, run.driver, snapshot=snapshot, should_stop=should_stop)
+    return run_host(run.factory, host_envs, run.driver, **options)
 
 
 def evaluate(
@@ -140,11 +169,15 @@ def evaluate(
 def snapshot_like(run: Run, manifest: Mapping[str, Any]) -> Any:
     """Describe the snapshot of a driver without running it: what `restore` compares with."""
 
+    streams_and_rows = tuple(manifest["ring"]) if run.data and manifest else None
+
     def shapes() -> Any:
-        return start_learners(run.factory, run.spec, run.driver, {})
+        return start_learners(run.factory, run.spec, run.driver, {}, streams_and_rows)
 
     learner = jax.eval_shape(shapes)
     step = np.zeros((), np.int64)
+    if run.data:
+        return {"learner": learner, "step": step}
     if run.env is not None:
         env = run.env
         state = jax.eval_shape(lambda: start_state(run.factory, env, run.driver, {}))
@@ -161,7 +194,9 @@ def snapshot_like(run: Run, manifest: Mapping[str, Any]) -> Any:
 
 def manifest_of(snapshot: Any) -> dict[str, Any]:
     """Return what `snapshot_like` must know of a snapshot."""
-    return {"log_rows": [int(state["actions"].shape[1]) for state in snapshot.get("envs", [])]}
+    ring = learner_of(snapshot).ring.record.reward.shape[1:]
+    rows = [int(state["actions"].shape[1]) for state in snapshot.get("envs", [])]
+    return {"log_rows": rows, "ring": [int(n) for n in ring]}
 
 
 def restore(run: Run, directory: Path) -> checkpoint.Restored | None:
@@ -171,10 +206,9 @@ def restore(run: Run, directory: Path) -> checkpoint.Restored | None:
     return checkpoint.restore(folder, snapshot_like(run, newest[1] if newest else {}))
 
 
-def agent_state(run: Run, snapshot: Any) -> Any:
-    """Return the agent's part of a snapshot, leaves [S, ...]."""
-    learner = snapshot["learner"] if run.env is None else snapshot["state"].learner
-    return learner.agent
+def learner_of(snapshot: Any) -> Learner:
+    """Return the learner in a snapshot of any driver, leaves [S, ...]."""
+    return snapshot["learner"] if "learner" in snapshot else snapshot["state"].learner
 
 
 def to_json(value: Any) -> Any:
@@ -227,10 +261,11 @@ def load(directory: Path, env_id: str | None = None) -> Run:
     driver = DriverConfig(
         saved["steps"], saved["num_envs"], tuple(saved["seeds"]), saved["log_every"]
     )
-    run = build(name, config, saved["env"], driver, saved["on_bad"])
+    rest = (driver, saved["on_bad"], saved.get("env_options", {}), saved.get("data", ""))
+    run = build(name, config, saved["env"], *rest)
     if env_id is None or env_id == run.env_id:
         return run
-    other = build(name, config, env_id, driver, saved["on_bad"])
+    other = build(name, config, env_id, *rest)
     for part in ("observation", "action"):
         before, now = (spaces.describe(getattr(r.spec, part)) for r in (run, other))
         if not _alike(before, now):

@@ -23,6 +23,7 @@ from mbrl.training import checkpoint, run_directory
 from mbrl.training.evaluation import statistics
 from mbrl.training.learner import DriverConfig, Report, updates_per_step
 from mbrl.training.metrics import MetricsWriter
+from mbrl.types import Record
 from scripts import runs
 from scripts.cli import parse, run
 from scripts.progress import Progress
@@ -43,7 +44,13 @@ class TrainConfig:
     env: str = "Pendulum-v1"
     """Gymnasium id, device/NAME, or module:Class."""
     steps: int = 2000
-    """Environment steps per seed."""
+    """Environment steps per seed; with --data, updates per seed."""
+    data: str = ""
+    """Train on the records of this .npz file (see `mbrl collect`), without an environment."""
+    pixels: int = 0
+    """Observe square images of so many pixels per side, drawn by the environment; 0 = no."""
+    action_repeat: int = 1
+    """Steps of the simulator per step."""
     seed: int = 0
     """Seed of the run; with several seeds, the first of them."""
     num_seeds: int = 1
@@ -98,7 +105,9 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--num-seeds: expected at least 1, got {config.num_seeds}")
     interval = config.log_every or max(1, config.steps // 50)
     driver = DriverConfig(config.steps, config.num_envs, seeds, interval)
-    job = runs.build(argv[0], agent_config, config.env, driver, config.on_bad)
+    options = {"pixels": config.pixels or None, "action_repeat": config.action_repeat}
+    job = runs.build(argv[0], agent_config, config.env, driver, config.on_bad, options, config.data)
+    data = runs.read_data(job)
     name = f"{argv[0]}-{config.env.replace('/', '-').replace(':', '-')}-{config.seed}"
     out = Path(config.out or Path("runs") / name)
     out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +119,7 @@ def main(argv: list[str]) -> int:
         resumed = None if restored is None else restored.step
         with MetricsWriter(out, resumed, config.tensorboard, config.wandb) as log:
             with run_directory.StopSignal() as stop:
-                trained = _train(out, job, config, restored, log, stop)
+                trained = _train(out, job, config, restored, log, stop, data)
             # Signals have their usual effect again: all that training made is on disk.
             if trained.step >= config.steps and config.eval_episodes:
                 _evaluate_once(out, job, config, trained, log)
@@ -126,6 +135,8 @@ def _check_settings(out: Path, job: runs.Run, config: TrainConfig) -> None:
     current = {
         "agent": job.agent_name,
         "env": job.env_id,
+        "env_options": dict(job.options),
+        "data": job.data,
         "config": runs.to_json(job.config),
         "steps": config.steps,
         "seeds": list(job.driver.seeds),
@@ -152,16 +163,16 @@ class Trained(NamedTuple):
 
 def _train(
     out: Path, job: runs.Run, config: TrainConfig, restored: checkpoint.Restored | None,
-    log: MetricsWriter, stop: run_directory.StopSignal,
+    log: MetricsWriter, stop: run_directory.StopSignal, data: Record | None,
 ) -> Trained:  # fmt: skip
     """Train from the newest save to the end, or until asked to stop."""
     step = saved = 0 if restored is None else restored.step
     snapshot, report = None if restored is None else restored.tree, None
     ratio = updates_per_step(job.factory({}), config.num_envs)
-    if ratio:
+    if ratio and data is None:
         print(f"{ratio:g} updates per environment step", file=sys.stderr)
     with Progress(f"{job.agent_name} {job.env_id}", step, config.steps) as progress:
-        for report in runs.train(job, snapshot, lambda: stop.requested):
+        for report in runs.train(job, snapshot, lambda: stop.requested, data):
             step = report.step
             progress.update(step, _write(log, job, report))
             if step - saved >= config.save_every or step >= config.steps or stop.requested:
@@ -247,7 +258,7 @@ def _evaluate(
 ) -> None:
     """Play greedy episodes at the end of the budget and keep the result."""
     start = time.perf_counter()
-    agent_state = runs.agent_state(job, snapshot)
+    agent_state = runs.learner_of(snapshot).agent
     seed = config.seed + runs.EVALUATION_SEED
     returns = runs.evaluate(job, agent_state, config.eval_episodes, seed)
     result: dict[str, Any] = {"step": step, "env": job.env_id, "seeds": {}}

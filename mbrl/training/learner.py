@@ -114,14 +114,25 @@ def example_record(agent: Agent, spec: EnvSpec, num_envs: int) -> Any:
     return jax.eval_shape(record, jax.random.key(0))
 
 
-def init_learner(agent: Agent, spec: EnvSpec, num_envs: int, key: Key) -> Learner:
-    """Make the learner of one seed before its first step."""
+def init_learner(
+    agent: Agent, spec: EnvSpec, num_envs: int, key: Key, ring_shape: tuple[int, int] | None = None
+) -> Learner:
+    """Make the learner of one seed before its first step.
+
+    Args:
+      agent: what learns.
+      spec: spaces of the task.
+      num_envs: environments that it acts in.
+      key: of the seed.
+      ring_shape: streams and rows of replay; None = as the agent asks for.
+    """
     agent_key, key = jax.random.split(key)
     example = example_record(agent, spec, num_envs)
+    streams, rows = ring_shape or (num_envs, agent.sampling.capacity // num_envs)
     return Learner(
         agent=agent.init(agent_key),
         carry=agent.begin(num_envs),
-        ring=replay.init(example, num_envs, agent.sampling.capacity),
+        ring=replay.init(example, streams, streams * rows),
         key=key,
         episode_return=jnp.zeros(num_envs),
         episode_length=jnp.zeros(num_envs, jnp.int32),
@@ -238,12 +249,16 @@ def seed_keys(seeds: tuple[int, ...]) -> Key:
 
 
 def start_learners(
-    factory: AgentFactory, spec: EnvSpec, config: DriverConfig, hyper: Hyper
+    factory: AgentFactory,
+    spec: EnvSpec,
+    config: DriverConfig,
+    hyper: Hyper,
+    ring_shape: tuple[int, int] | None = None,
 ) -> Learner:
-    """Make the learners of all seeds, leaves [S, ...]."""
+    """Make the learners of all seeds, leaves [S, ...]; arguments as in `init_learner`."""
 
     def start(key: Key, hyper: Hyper) -> Learner:
-        return init_learner(factory(hyper), spec, config.num_envs, key)
+        return init_learner(factory(hyper), spec, config.num_envs, key, ring_shape)
 
     return jax.jit(over_seeds(start, len(config.seeds)))(seed_keys(config.seeds), hyper)
 
