@@ -36,7 +36,7 @@ def point() -> MDP:
 
 def config(reward: Any = "head", penalty: float = 0.0) -> PETSConfig:
     return PETSConfig(
-        members=2, elites=2, hidden=(16,), reward=reward, max_epochs=15, random_steps=100,
+        members=2, elites=2, hidden=(16,), reward=reward, max_epochs=40, random_steps=120,
         train_every=25, capacity=200, batch_size=32, learning_rate=3e-3, penalty=penalty,
         planner=TINY,
     )  # fmt: skip
@@ -55,7 +55,7 @@ def test_trains_in_one_program_over_seeds_and_follows_its_reward(source: str) ->
     def factory(hyper: Any) -> Any:
         return make_pets(SPEC, settings, reward_fn=reward_fn)
 
-    run = run_device(factory, point(), DriverConfig(150, seeds=(0, 1), interval=50))
+    run = run_device(factory, point(), DriverConfig(120, seeds=(0, 1)))
     for report in run:
         for name, value in report.metrics.items():
             assert np.all(np.isfinite(value)), name
