@@ -33,6 +33,9 @@ from scripts.cli import parse, run
 Row = dict[str, Any]
 IDENTITY = ("benchmark", "task", "agent", "setting", "steps", "metric")
 
+ALIKE = ("seeds", "versions", "log_every", "save_every", "eval_episodes")
+"""Settings in which runs of one result may differ."""
+
 
 class Target(NamedTuple):
     """What a return should reach: its median over seeds, or that of every seed."""
@@ -49,6 +52,12 @@ TARGETS = {
     ("pets", "InvertedPendulum-v5", 10_000): Target(1_000.0, every_seed=True),
     ("pets", "CartPole-v1", 3_000): Target(475.0, every_seed=True),
     ("pets", "Reacher-v5", 5_000): Target(-6.0),
+    ("dreamer", "CartPole-v1", 10_000): Target(475.0, every_seed=True),
+    ("dreamer", "Pendulum-v1", 20_000): Target(-200.0),
+    ("dreamer", "device/Catch", 5_000): Target(1.0, every_seed=True),
+    ("dreamer", "device/PixelCatch", 20_000): Target(1.0, every_seed=True),
+    ("dreamer", "device/MemoryChain", 10_000): Target(0.9, every_seed=True),
+    ("dreamer", "InvertedPendulum-v5", 30_000): Target(1_000.0, every_seed=True),
 }
 """By agent, environment and steps per seed."""
 
@@ -116,7 +125,7 @@ def collect(folders: Sequence[Path], note: str = "") -> list[Row]:
         saved = run_directory.read_config(folder)
         if saved is None:
             raise ValueError(f"{folder}: expected the folder of a run, found no config.json")
-        same = {k: saved[k] for k in ("agent", "env", "config", "steps", "num_envs", "on_bad")}
+        same = {k: v for k, v in saved.items() if k not in ALIKE}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append((folder, saved))
     return [row for group in groups.values() for row in _rows_of(group, note)]
 
@@ -168,7 +177,11 @@ def changed_flags(saved: Mapping[str, Any]) -> list[str]:
         flags += ["--num-envs", str(saved["num_envs"])]
     if saved["on_bad"] != "raise":
         flags += ["--on-bad", saved["on_bad"]]
-    return flags
+    options = saved.get("env_options", {})
+    for name, default in (("pixels", None), ("action_repeat", 1)):
+        if options.get(name, default) != default:
+            flags += [f"--{name.replace('_', '-')}", str(options[name])]
+    return flags + (["--data", saved["data"]] if saved.get("data") else [])
 
 
 def _differences(now: Mapping[str, Any], default: Mapping[str, Any], prefix: str = "") -> Any:

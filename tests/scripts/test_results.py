@@ -61,6 +61,18 @@ def test_where_every_seed_must_reach_the_target_the_worst_is_judged(tmp_path: Pa
     assert worst["metric"] != median["metric"]
 
 
+def test_runs_on_other_observations_or_on_records_are_other_results(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, "Pendulum-v1", 2000, {0: -150.0}) for name in "abc"]
+    others = {"b": {"env_options": {"pixels": 64, "action_repeat": 2}}, "c": {"data": "x.npz"}}
+    for name, change in others.items():
+        file = tmp_path / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    rows = results.collect(folders)
+    assert [row["setting"] for row in rows] == ["", "pixels 64 action-repeat 2", "data x.npz"]
+    assert "--pixels 64 --action-repeat 2" in rows[1]["command"]
+    assert "--data x.npz" in rows[2]["command"]
+
+
 def test_commands_hold_the_changes_and_parse_back(tmp_path: Path) -> None:
     env = "CartPole-v1"
     default = preset("pets", env)
