@@ -11,11 +11,11 @@ LINES = 20
 
 
 class Progress:
-    """Shows steps, return, speed and remaining time on stderr; a context manager."""
+    """Shows steps (or episodes), return, speed and remaining time on stderr; a context manager."""
 
-    def __init__(self, title: str, step: int, total: int) -> None:
-        """Begin at `step` of `total`."""
-        self._title, self._start, self._total = title, step, total
+    def __init__(self, title: str, step: int, total: int, unit: str = "step") -> None:
+        """Begin at `step` of `total`, counted in `unit`."""
+        self._title, self._start, self._total, self._unit = title, step, total, unit
         self._began = time.perf_counter()
         self._shown = step
         self._return: float | None = None
@@ -29,15 +29,16 @@ class Progress:
 
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} steps"), TimeRemainingColumn(),
-                TextColumn("{task.fields[told]}"), console=Console(stderr=True),
+                TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {self._unit}s"),
+                TimeRemainingColumn(), TextColumn("{task.fields[told]}"),
+                console=Console(stderr=True),
             )  # fmt: skip
             self._task = self._bar.add_task(
                 self._title, total=self._total, completed=self._start, told="compiling"
             )
             self._bar.start()
         else:
-            print(f"{self._title}: compiling, then {self._total} steps", file=sys.stderr)
+            print(f"{self._title}: compiling, then {self._total} {self._unit}s", file=sys.stderr)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,7 +49,7 @@ class Progress:
         """Show that `step` is reached; `mean_return` None keeps the last one."""
         self._return = self._return if mean_return is None else mean_return
         speed = (step - self._start) / max(time.perf_counter() - self._began, 1e-9)
-        told = f"{speed:.1f} steps/s" + (
+        told = f"{speed:.1f} {self._unit}s/s" + (
             "" if self._return is None else f"  return {self._return:.1f}"
         )
         if self._bar is not None:
@@ -56,4 +57,5 @@ class Progress:
         elif step >= self._total or step - self._shown >= self._total / LINES:
             self._shown = step
             left = (self._total - step) / max(speed, 1e-9)
-            print(f"step {step}/{self._total}  {told}  {left:.0f} s left", file=sys.stderr)
+            reached = f"{self._unit} {step}/{self._total}"
+            print(f"{reached}  {told}  {left:.0f} s left", file=sys.stderr)

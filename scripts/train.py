@@ -23,7 +23,7 @@ from mbrl.training import checkpoint, run_directory
 from mbrl.training.evaluation import statistics
 from mbrl.training.learner import DriverConfig, Report, updates_per_step
 from mbrl.training.metrics import MetricsWriter
-from mbrl.types import Record
+from mbrl.types import Record, TimeStep
 from scripts import runs
 from scripts.cli import parse, run
 from scripts.progress import Progress
@@ -260,7 +260,15 @@ def _evaluate(
     start = time.perf_counter()
     agent_state = runs.learner_of(snapshot).agent
     seed = config.seed + runs.EVALUATION_SEED
-    returns = runs.evaluate(job, agent_state, config.eval_episodes, seed)
+    total, finished = config.eval_episodes * len(job.driver.seeds), 0
+
+    def count(now: TimeStep, _: Any) -> None:
+        nonlocal finished
+        finished = min(finished + int(now.is_last.sum()), total)
+        progress.update(finished, None)
+
+    with Progress("evaluation", 0, total, "episode") as progress:
+        returns = runs.evaluate(job, agent_state, config.eval_episodes, seed, count)
     result: dict[str, Any] = {"step": step, "env": job.env_id, "seeds": {}}
     for index, name in enumerate(job.driver.seeds):
         mean, std, iqm = statistics(returns[index])
