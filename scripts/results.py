@@ -33,6 +33,7 @@ from scripts.cli import parse, run
 Row = dict[str, Any]
 IDENTITY = ("benchmark", "task", "agent", "setting", "steps", "metric")
 
+TITLES = {"pets": "PETS", "dreamer": "Dreamer"}
 ALIKE = ("seeds", "versions", "log_every", "save_every", "eval_episodes")
 """Settings in which runs of one result may differ."""
 
@@ -146,7 +147,7 @@ def _rows_of(group: Sequence[tuple[Path, dict[str, Any]]], note: str) -> list[Ro
     if len(done) < len(group):
         note = f"{len(done)} of {len(group)} runs are finished. {note}".strip()
     row = {
-        "benchmark": saved["agent"].upper(),
+        "benchmark": TITLES.get(saved["agent"], saved["agent"]),
         "task": saved["env"],
         "agent": saved["agent"],
         "setting": shlex.join(changed_flags(saved)).replace("--", ""),
