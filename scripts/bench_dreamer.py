@@ -19,7 +19,7 @@ from mbrl.training.learner import example_record
 from mbrl.types import Agent, Batch, Discrete, EnvSpec
 from scripts.bench import GEMM, QUICK_GEMM
 from scripts.flops import count_flops
-from scripts.timing import gemm_rate, warm_seconds
+from scripts.timing import beside_gemm, warm_seconds
 
 COUNTED = (
     "two FLOP per multiply-add of all matrix products and convolutions of one update, loops as "
@@ -76,7 +76,6 @@ def setup(config: DreamerConfig, observation: Any) -> tuple[Agent, Batch]:
 
 def case(sizes: Sizes, config: DreamerConfig, observation: Any, repeats: int) -> dict[str, Any]:
     """Measure one update, one policy step, and the way to the first update."""
-    before = gemm_rate(sizes.gemm)
     start = time.perf_counter()
     agent, batch = setup(config, observation)
     state = jax.jit(agent.init)(jax.random.key(1))
@@ -93,26 +92,18 @@ def case(sizes: Sizes, config: DreamerConfig, observation: Any, repeats: int) ->
         state, metrics, _ = update(state, batch, jax.random.key(i))
         return metrics
 
-    seconds = warm_seconds(learn, repeats)
+    timed = beside_gemm(learn, repeats, sizes.gemm)
     policy = policy_step(agent, state, batch, 10 * repeats)
-    after = gemm_rate(sizes.gemm)
-    rate = 1e-9 * flop / statistics.median(seconds)
     return {
         "size": config.size,
         "observation": list(observation.shape),
         "batch": [config.batch_size, config.length],
         "dtype": config.dtype,
-        "median_seconds": statistics.median(seconds),
-        "min_seconds": min(seconds),
+        **timed.rates(1e-9 * flop),
         "first_update_seconds": first,
         "setup_seconds": started,
         "policy_milliseconds": 1e3 * statistics.median(policy),
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "gflop": 1e-9 * flop,
-        "gflops": rate,
-        "gemm_before_gflops": before,
-        "gemm_after_gflops": after,
-        "share_of_gemm": 2.0 * rate / (before + after),
     }
 
 

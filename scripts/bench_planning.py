@@ -22,7 +22,7 @@ from mbrl.planning import PETS_CEM, PlannerConfig, planner
 from mbrl.training.device import run_device
 from mbrl.training.learner import DriverConfig
 from mbrl.types import MDP, EnvSpec, Transition
-from scripts.timing import gemm_rate, warm_seconds
+from scripts.timing import beside_gemm, warm_seconds
 
 COUNTED = (
     "two FLOP per weight of the network for dynamics and reward, biases and activations not "
@@ -111,38 +111,47 @@ def act_function(
 
 
 def time_act(
-    model: ProbabilisticEnsemble, config: PlannerConfig, obs: int, repeats: int, batch: int = 1
-) -> dict[str, Any]:
+    model: ProbabilisticEnsemble,
+    config: PlannerConfig,
+    obs: int,
+    measure: Callable[[Callable[[int], Any]], Any],
+    batch: int = 1,
+) -> tuple[Any, dict[str, Any]]:
     """Time warm-started calls of one planner, and count its traces.
+
+    Args:
+      model: what to plan on.
+      config: how to plan.
+      obs: size of the observation.
+      measure: `(call) -> times`, given `call(i)`.
+      batch: start states planned for in one call.
+
+    Returns:
+      What `measure` returned; seconds of the first call and the number of traces.
 
     Raises:
       RuntimeError: when a warm call was traced again.
     """
     params = model.init(jax.random.key(1))
     act, init, traces = act_function(model.mdp("ts1", uncertainty=False), config)
-    keys = jax.random.split(jax.random.key(2), repeats + 2)
+    key = jax.random.key(2)
     starts = jax.random.normal(jax.random.key(3), (batch, obs))
     carry = jax.block_until_ready(jax.jit(init, static_argnums=0)(batch))
     start = time.perf_counter()
-    _, carry = jax.block_until_ready(act(params, keys[-1], starts, carry))
+    _, carry = jax.block_until_ready(act(params, key, starts, carry))
     first = time.perf_counter() - start
-    _, carry = jax.block_until_ready(act(params, keys[-2], starts, carry))
+    _, carry = jax.block_until_ready(act(params, key, starts, carry))
     warm = traces[0]
 
     def call(i: int) -> Any:
         nonlocal carry
-        action, carry = act(params, keys[i], starts, carry)
+        action, carry = act(params, jax.random.fold_in(key, i), starts, carry)
         return action
 
-    seconds = warm_seconds(call, repeats)
+    times = measure(call)
     if traces[0] != warm:
         raise RuntimeError(f"planning was traced {traces[0] - warm} times after the warm-up")
-    return {
-        "median_seconds": statistics.median(seconds),
-        "min_seconds": min(seconds),
-        "compile_seconds": max(0.0, first - statistics.median(seconds)),
-        "traces": traces[0],
-    }
+    return times, {"first_call_seconds": first, "traces": traces[0]}
 
 
 def act_case(
@@ -150,11 +159,8 @@ def act_case(
 ) -> dict[str, Any]:
     """Measure one planner, with its rate beside that of the GEMM at the same time."""
     flop = network_flop(obs, act, net.hidden) * plan.evaluations()
-    before = gemm_rate(sizes.gemm)
     model = probabilistic_ensemble(task(obs, act), net.members, net.hidden, dtype=net.dtype)
-    timed = time_act(model, plan, obs, repeats)
-    after = gemm_rate(sizes.gemm)
-    rate = 1e-9 * flop / timed["median_seconds"]
+    timed, counts = time_act(model, plan, obs, lambda call: beside_gemm(call, repeats, sizes.gemm))
     return {
         "obs": obs,
         "act": act,
@@ -167,12 +173,8 @@ def act_case(
         "hidden": list(net.hidden),
         "dtype": net.dtype,
         "evaluations": plan.evaluations(),
-        "gflop": 1e-9 * flop,
-        **timed,
-        "gflops": rate,
-        "gemm_before_gflops": before,
-        "gemm_after_gflops": after,
-        "share_of_gemm": 2.0 * rate / (before + after),
+        **timed.rates(1e-9 * flop),
+        **counts,
     }
 
 
@@ -200,11 +202,17 @@ def batch(sizes: Sizes, repeats: int) -> list[dict[str, Any]]:
     """Compare one call for B start states with B calls for one, default settings."""
     config = sizes.preset
     model = probabilistic_ensemble(task(3, 1), config.members, config.hidden)
-    single = time_act(model, config.planner, 3, repeats * max(sizes.batches[-1] // 8, 1))
+
+    def seconds(size: int, repeats: int) -> float:
+        times, _ = time_act(
+            model, config.planner, 3, lambda call: warm_seconds(call, repeats), size
+        )
+        return statistics.median(times)
+
+    single = seconds(1, repeats * max(sizes.batches[-1] // 8, 1))
     found = []
     for size in sizes.batches:
-        together = time_act(model, config.planner, 3, repeats, size)["median_seconds"]
-        apart = size * single["median_seconds"]
+        together, apart = seconds(size, repeats), size * single
         found.append({
             "batch": size, "one_call_seconds": together, "single_calls_seconds": apart,
             "ratio": together / apart,

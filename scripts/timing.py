@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+_product = jax.jit(jnp.matmul)
 
 
 def warm_seconds(call: Callable[[int], Any], repeats: int) -> list[float]:
@@ -21,12 +24,44 @@ def warm_seconds(call: Callable[[int], Any], repeats: int) -> list[float]:
     return found
 
 
+class Timed(NamedTuple):
+    """Seconds of each repeat, and the f32 GEMM rate around it, in GFLOP/s."""
+
+    seconds: list[float]
+    gemm: list[float]
+
+    def rates(self, gflop: float) -> dict[str, float]:
+        """Return what a result tells of calls that do `gflop` of work each."""
+        median = statistics.median(self.seconds)
+        shares = [gflop / s / rate for s, rate in zip(self.seconds, self.gemm, strict=True)]
+        return {
+            "median_seconds": median,
+            "min_seconds": min(self.seconds),
+            "gflop": gflop,
+            "gflops": gflop / median,
+            "gemm_gflops": statistics.median(self.gemm),
+            "share_of_gemm": statistics.median(shares),
+        }
+
+
+def beside_gemm(call: Callable[[int], Any], repeats: int, shape: tuple[int, int]) -> Timed:
+    """Time `call(i)` in turns with the product that stands for what the machine can do.
+
+    A shared machine changes its speed within seconds; a rate from before or after the
+    whole measurement says little about the time between.
+    """
+    around, seconds = [gemm_rate(shape)], []
+    for i in range(repeats):
+        seconds += warm_seconds(lambda _, i=i: call(i), 1)
+        around.append(gemm_rate(shape))
+    return Timed(seconds, [statistics.mean(pair) for pair in itertools.pairwise(around)])
+
+
 def gemm_rate(shape: tuple[int, int], repeats: int = 20) -> float:
     """Return the GFLOP/s of one f32 product [rows, width] @ [width, width], warm."""
     rows, width = shape
     x_key, w_key = jax.random.split(jax.random.key(0))
     x, w = jax.random.normal(x_key, (rows, width)), jax.random.normal(w_key, (width, width))
-    product = jax.jit(jnp.matmul)
-    product(x, w).block_until_ready()
-    seconds = statistics.median(warm_seconds(lambda i: product(x, w), repeats))
+    _product(x, w).block_until_ready()
+    seconds = statistics.median(warm_seconds(lambda i: _product(x, w), repeats))
     return 2e-9 * rows * width * width / seconds

@@ -7,13 +7,16 @@ remain along its shorter side. Four stages for 64 x 64, two for 16 x 16.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from mbrl.networks.core import ACTIVATIONS, DOTS, INITIALIZERS, NORMS
+from mbrl.networks.core import ACTIVATIONS, DOTS, INITIALIZERS, NORMS, matmul
 from mbrl.networks.recurrent import BlockDense
 from mbrl.types import Array
 
@@ -36,24 +39,125 @@ def stage_channels(num: int, depth: int) -> list[int]:
     return [depth * MULTIPLES[min(i, len(MULTIPLES) - 1)] for i in range(num)]
 
 
-def _conv(features: int, dtype: str) -> nn.Module:
-    low = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
-    init = INITIALIZERS["fan_in"]
-    return nn.Conv(features, (KERNEL, KERNEL), kernel_init=init, dtype=low)
-
-
 def _norm_act(x: Array) -> Array:
-    return ACTIVATIONS["silu"](NORMS["rms"]()(x.astype(jnp.float32)))
+    return ACTIVATIONS["silu"](NORMS["rms"]()(x))
 
 
-def _halve(x: Array) -> Array:
-    """Take the maximum of 2 x 2 pixels; an odd edge is a window of its own."""
-    batch, height, width, channels = x.shape
+def conv_halve(x: Array, kernel: Array, dtype: str = "float32") -> Array:
+    """Convolve, then take the maximum of 2 x 2 pixels; an odd edge is a window of its own.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [5, 5, C, O].
+      dtype: of the products' inputs, 'float32' or 'bfloat16'.
+
+    Returns:
+      [B, ceil(H / 2), ceil(W / 2), O].
+    """
+    height, width = x.shape[1:3]
     odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-    x = jnp.pad(x, odd, constant_values=-jnp.inf) if height % 2 or width % 2 else x
-    x = x.reshape(batch, x.shape[1] // 2, 2, x.shape[2] // 2, 2, channels)
+
+    def products(x: Array, kernel: Array) -> Array:
+        batch, height, width, channels = (x := jnp.pad(x, odd)).shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
+        x = x.reshape(batch, height // 2, width // 2, 4 * channels)
+        return _neighbours_times(x, _phases(kernel).swapaxes(1, 2), dtype)
+
+    def convolution(x: Array, kernel: Array) -> Array:
+        y = jnp.pad(_convolve(x, kernel, dtype), odd)
+        y = y.reshape(y.shape[0], y.shape[1] // 2, 2, y.shape[2] // 2, 2, -1).swapaxes(2, 3)
+        return y.reshape(*y.shape[:3], 4, -1)
+
+    y = _on_cpu(products, convolution)(x, kernel)
+    inside = _pixels(y.shape[1], height)[:, None, :, None] & _pixels(y.shape[2], width)[:, None]
+    y = y if inside.all() else jnp.where(inside.reshape(*y.shape[1:4], 1), y, -jnp.inf)
     # Reduced by hand: the gradient of a pooling primitive is a slow scatter on CPU.
-    return x.max((2, 4))
+    return y.max(3)
+
+
+def double_conv(x: Array, kernel: Array, size: tuple[int, int], dtype: str = "float32") -> Array:
+    """Repeat every pixel along both sides, convolve, and cut.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [5, 5, C, O].
+      size: height and width of the result, up to (2 H, 2 W).
+      dtype: of the products' inputs, 'float32' or 'bfloat16'.
+
+    Returns:
+      [B, *size, O].
+    """
+
+    def products(x: Array, kernel: Array) -> Array:
+        # Taps that read the same pixel before it was repeated are added up.
+        y = _neighbours_times(x, _phases(kernel).sum((1, 3)), dtype)
+        y = y.reshape(*x.shape[:3], 2, 2, -1).swapaxes(2, 3)
+        return y.reshape(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], -1)
+
+    def convolution(x: Array, kernel: Array) -> Array:
+        return _convolve(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), kernel, dtype)
+
+    return _on_cpu(products, convolution)(x, kernel)[:, : size[0], : size[1]]
+
+
+def _on_cpu(products: Callable[..., Array], convolution: Callable[..., Array]) -> Any:
+    """Choose between two ways to the same result.
+
+    XLA:CPU computes the gradient of a convolution that stands in a loop thirty times slower
+    than outside, and all training happens in loops. With the four pixels of a window as
+    channels, a convolution of 5 x 5 becomes one of 3 x 3 windows, and that a matrix product.
+    """
+    return partial(jax.lax.platform_dependent, cpu=products, default=convolution)
+
+
+def _convolve(x: Array, kernel: Array, dtype: str) -> Array:
+    low = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+    y = jax.lax.conv_general_dilated(
+        x.astype(low), kernel.astype(low), (1, 1), "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    return y.astype(jnp.float32)
+
+
+def _phases(kernel: Array) -> Array:
+    """Lay out [5, 5, C, O] over 3 x 3 windows of 2 x 2 pixels, [3, 2, 3, 2, C, 4, O].
+
+    One kernel for each pixel of the window in the middle, shifted to where it stands.
+    """
+    shifts = [(row, column) for row in (0, 1) for column in (0, 1)]
+    shifted = [jnp.pad(kernel, ((r, 1 - r), (c, 1 - c), (0, 0), (0, 0))) for r, c in shifts]
+    stacked = jnp.stack(shifted, 3)
+    return stacked.reshape(3, 2, 3, 2, *stacked.shape[2:])
+
+
+def _neighbours_times(x: Array, kernel: Array, dtype: str) -> Array:
+    """Multiply each pixel's 3 x 3 neighbours [B, H, W, 9 * C] by `kernel`, [B, H, W, 4, O]."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    near = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    rows = jnp.concatenate(near, -1)
+    flat = kernel.reshape(rows.shape[-1], -1)
+    y = matmul(rows.reshape(-1, rows.shape[-1]), flat, dtype)
+    return y.reshape(*rows.shape[:3], 4, -1)
+
+
+def _pixels(windows: int, size: int) -> np.ndarray:
+    """Tell which pixels of each window lie in an image side of `size`, [windows, 2]."""
+    return np.arange(2 * windows).reshape(-1, 2) < size
+
+
+class Conv(nn.Module):
+    """Weights of a convolution, applied by `conv_halve` or `double_conv`."""
+
+    features: int
+    apply_kernel: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (KERNEL, KERNEL, x.shape[-1], self.features)
+        kernel: Any = self.param("kernel", INITIALIZERS["fan_in"], shape)
+        bias: Any = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return self.apply_kernel(x, kernel) + bias
 
 
 class ConvEncoder(nn.Module):
@@ -73,7 +177,7 @@ class ConvEncoder(nn.Module):
         num = len(stage_sizes(*image.shape[1:3])) - 1
         x = image
         for channels in stage_channels(num, self.depth):
-            x = _norm_act(_halve(_conv(channels, self.dtype)(x)))
+            x = _norm_act(Conv(channels, partial(conv_halve, dtype=self.dtype))(x))
         return x.reshape(x.shape[0], -1)
 
 
@@ -108,11 +212,6 @@ class ConvDecoder(nn.Module):
         y = dense(height * width * channels[-1])(_norm_act(dense(2 * self.units)(stoch)))
         x = _norm_act(x + y.reshape(x.shape))
         for number, size in zip(reversed(channels[:-1]), reversed(sizes[1:-1]), strict=True):
-            x = _norm_act(_conv(number, self.dtype)(_double(x, size)))
-        x = _conv(self.shape[2], self.dtype)(_double(x, sizes[0]))
-        return jax.nn.sigmoid(x.astype(jnp.float32))
-
-
-def _double(x: Array, size: tuple[int, int]) -> Array:
-    """Repeat every pixel along both sides and cut to `size`."""
-    return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)[:, : size[0], : size[1]]
+            x = _norm_act(Conv(number, partial(double_conv, size=size, dtype=self.dtype))(x))
+        last = partial(double_conv, size=sizes[0], dtype=self.dtype)
+        return jax.nn.sigmoid(Conv(self.shape[2], last)(x))

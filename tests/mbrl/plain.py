@@ -154,8 +154,7 @@ def conv_decoder(p: Any, sizes: Any, deter: Any, stoch: Any) -> Any:
     x = silu(rms(x + y.reshape(x.shape), p["RMSNorm_1"]["scale"]))
     last = len(sizes) - 2
     for i, size in enumerate(sizes[1:]):
-        x = x.repeat(2, 1).repeat(2, 2)[:, : size[0], : size[1]]
-        x = conv(p[f"Conv_{i}"], x)
+        x = conv(p[f"Conv_{i}"], x.repeat(2, 1).repeat(2, 2))[:, : size[0], : size[1]]
         x = sigmoid(x) if i == last else silu(rms(x, p[f"RMSNorm_{i + 2}"]["scale"]))
     return x
 

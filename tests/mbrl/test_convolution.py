@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mbrl.networks import convolution
 from mbrl.networks.convolution import ConvDecoder, ConvEncoder, stage_channels, stage_sizes
 from tests.mbrl import plain
 
@@ -87,6 +88,53 @@ def test_the_decoder_is_its_loops(shape: tuple[int, int, int]) -> None:
         changed = [deter, stoch]
         changed[i] = changed[i] + 1.0
         assert not np.allclose(got, decode(*map(np.float32, changed)), atol=1e-3)
+
+
+def _with_gradient(layer: Any, x: Any, kernel: Any) -> Any:
+    def loss(x: Any, kernel: Any) -> Any:
+        y = layer(x, kernel)
+        return jnp.sum(jnp.sin(3.0 * y)), y
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, kernel)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 8), (6, 7), (1, 1), (9, 5)], ids=str)
+@pytest.mark.parametrize("up", [False, True], ids=["down", "up"])
+def test_products_and_convolutions_are_the_same_layer(
+    size: tuple[int, int], up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(3)
+    kernel = rng.normal(size=(5, 5, 3, 4)).astype(np.float32) / 8.0
+
+    def layer(x: Any, kernel: Any) -> Any:
+        if up:
+            return convolution.double_conv(x, kernel, size)
+        return convolution.conv_halve(x, kernel)
+
+    half = -(-size[0] // 2), -(-size[1] // 2)
+    x = rng.normal(size=(2, *(half if up else size), 3)).astype(np.float32)
+    by_products = _with_gradient(layer, x, kernel)
+    monkeypatch.setattr(convolution, "_on_cpu", lambda products, convolution: convolution)
+    by_convolution = _with_gradient(layer, x, kernel)
+    assert by_products[0][1].shape == (2, *(size if up else half), 4)
+    for one, two in zip(*map(jax.tree.leaves, (by_products, by_convolution)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA:CPU")
+def test_training_in_a_loop_convolves_by_products() -> None:
+    net = ConvEncoder(2)
+    images = jnp.zeros((2, 3, 8, 8, 1))
+    params = _weights(net, images[0])
+
+    def train(params: Any, images: Any) -> Any:
+        def step(params: Any, image: Any) -> Any:
+            grads = jax.grad(lambda p: net.apply({"params": p}, image).sum())(params)
+            return jax.tree.map(jnp.subtract, params, grads), None
+
+        return jax.lax.scan(step, params, images)[0]
+
+    assert "convolution(" not in jax.jit(train).lower(params, images).compile().as_text()
 
 
 def test_kernels_begin_at_the_scale_of_their_fan_in() -> None:
