@@ -21,6 +21,7 @@ from mbrl.networks.recurrent import BlockDense
 from mbrl.types import Array
 
 KERNEL = 5
+CHUNK = 32
 MULTIPLES = (2, 3, 4)
 """Channels of the stages in units of `depth`; the last holds for all that follow."""
 
@@ -61,18 +62,21 @@ def conv_halve(x: Array, kernel: Array, dtype: str = "float32") -> Array:
         batch, height, width, channels = (x := jnp.pad(x, odd)).shape
         x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
         x = x.reshape(batch, height // 2, width // 2, 4 * channels)
-        return _neighbours_times(x, _phases(kernel).swapaxes(1, 2), dtype)
+        return largest(_neighbours_times(x, _phases(kernel).swapaxes(1, 2), dtype))
 
     def convolution(x: Array, kernel: Array) -> Array:
         y = jnp.pad(_convolve(x, kernel, dtype), odd)
         y = y.reshape(y.shape[0], y.shape[1] // 2, 2, y.shape[2] // 2, 2, -1).swapaxes(2, 3)
-        return y.reshape(*y.shape[:3], 4, -1)
+        return largest(y.reshape(*y.shape[:3], 4, -1))
 
-    y = _on_cpu(products, convolution)(x, kernel)
-    inside = _pixels(y.shape[1], height)[:, None, :, None] & _pixels(y.shape[2], width)[:, None]
-    y = y if inside.all() else jnp.where(inside.reshape(*y.shape[1:4], 1), y, -jnp.inf)
-    # Reduced by hand: the gradient of a pooling primitive is a slow scatter on CPU.
-    return y.max(3)
+    def largest(y: Array) -> Array:
+        rows, columns = _pixels(y.shape[1], height), _pixels(y.shape[2], width)
+        inside = rows[:, None, :, None] & columns[:, None]
+        y = y if inside.all() else jnp.where(inside.reshape(*y.shape[1:4], 1), y, -jnp.inf)
+        # Reduced by hand: the gradient of a pooling primitive is a slow scatter on CPU.
+        return y.max(3)
+
+    return _on_cpu(products, convolution)(x, kernel)
 
 
 def double_conv(x: Array, kernel: Array, size: tuple[int, int], dtype: str = "float32") -> Array:
@@ -107,7 +111,14 @@ def _on_cpu(products: Callable[..., Array], convolution: Callable[..., Array]) -
     than outside, and all training happens in loops. With the four pixels of a window as
     channels, a convolution of 5 x 5 becomes one of 3 x 3 windows, and that a matrix product.
     """
-    return partial(jax.lax.platform_dependent, cpu=products, default=convolution)
+
+    def few_at_a_time(x: Array, kernel: Array) -> Array:
+        # The neighbours of all images would not fit into the cache, nor would it be wise to
+        # keep them for the gradient.
+        layer = jax.checkpoint(lambda x: products(x[None], kernel)[0])
+        return jax.lax.map(layer, x, batch_size=CHUNK)
+
+    return partial(jax.lax.platform_dependent, cpu=few_at_a_time, default=convolution)
 
 
 def _convolve(x: Array, kernel: Array, dtype: str) -> Array:
