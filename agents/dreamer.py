@@ -53,6 +53,8 @@ class DreamerConfig:
     """Number of parameters: 1m, 12m, 25m, 50m, 100m or 200m."""
     normalize: bool = True
     """Standardize vectors by their running moments (published: symlog alone)."""
+    memory: bool = True
+    """Carry latents from record to record; without, each is inferred from its own alone."""
     latent: Literal["discrete", "gaussian"] = "discrete"
     """Kind of the stochastic latents."""
     actor: Literal["policy", "planner"] = "policy"
@@ -153,10 +155,8 @@ class Parts(NamedTuple):
 
 def build(spec: EnvSpec, config: DreamerConfig, reward_fn: Any = None) -> Parts:
     """Build the parts; arguments as in `make_dreamer`."""
-    size = rssm_size(
-        config.size, free_nats=config.free_nats, discount=config.discount,
-        normalize=config.normalize, members=config.members, dtype=config.dtype,
-    )  # fmt: skip
+    shared = ("free_nats", "discount", "normalize", "members", "memory", "dtype")
+    size = rssm_size(config.size, **{name: getattr(config, name) for name in shared})
     size = size if config.latent == "discrete" else dataclasses.replace(size, classes=0)
     model = rssm(spec, size)
     mdp = model.mdp if reward_fn is None else with_reward(model.mdp, given_reward(reward_fn))
@@ -212,9 +212,8 @@ def make_dreamer(
         world, feature = model.init(model_key), model.begin(1).feature
         value = parts.value_net.init(value_key, feature)
         weights = Weights(world.weights, parts.policy_net.init(policy_key, feature), value)
-        scale, opt_state = normalization.empty_return_scale(), optimizer.init(weights)
-        slow = jax.tree.map(jnp.copy, value)
-        return DreamerState(weights, slow, world.statistics, scale, opt_state)
+        slow, scale = jax.tree.map(jnp.copy, value), normalization.empty_return_scale()
+        return DreamerState(weights, slow, world.statistics, scale, optimizer.init(weights))
 
     def begin(num_envs: int) -> DreamerCarry:
         action = jnp.zeros((num_envs, spaces.flat_size(spec.action)))

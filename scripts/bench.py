@@ -35,8 +35,8 @@ class BenchConfig:
     repeats: int = 20
     """Warm calls per figure, of which the median and the fastest are reported."""
     parts: tuple[str, ...] = ()
-    """What to measure: planning, preset, batch, epoch, seeds; or 1m, 12m, image, seeds; all
-    when empty."""
+    """What to measure: planning, preset, batch, epoch, seeds; or 1m, 12m, image, start,
+    seeds; all when empty."""
     out: str = ""
     """File for the JSON; standard output when empty."""
     quick: bool = False

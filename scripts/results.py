@@ -255,7 +255,10 @@ def speed(measured: Mapping[str, Any]) -> list[Row]:
         "planning": _planning, "preset": _preset, "batch": _batch, "epoch": _epoch,
         "seeds": _seeds, "peers": _peers,
     }  # fmt: skip
-    dreamer = {"1m": _update, "12m": _update, "image": _update, "seeds": _update_seeds}
+    dreamer = {
+        "1m": _update, "12m": _update, "image": _update, "start": _update_start,
+        "seeds": _update_seeds,
+    }  # fmt: skip
     parts = dreamer if measured["benchmark"] == "dreamer" else planning
     rows = [
         {"task": task, "setting": setting, "metric": metric, "value": value, "target": target}
@@ -337,11 +340,15 @@ def _update(case: Mapping[str, Any]) -> Iterable[Line]:
     yield task, setting, "seconds", case["median_seconds"], f"<= {bound:g}"
     yield task, setting, "GFLOP/s", case["gflops"], None
     yield task, setting, "share of the f32 GEMM rate", case["share_of_gemm"], None
-    first = case["setup_seconds"] + case["first_update_seconds"]
-    yield task, setting, "seconds to the first update", first, "<= 15"
     yield task, setting, "milliseconds per policy step", case["policy_milliseconds"], "<= 0.5"
     memory = "<= 2" if pixels else None
     yield task, setting, "GiB at the peak of the process", case["peak_gib"], memory
+
+
+def _update_start(case: Mapping[str, Any]) -> Iterable[Line]:
+    task, metric = "from Python's start to Dreamer's first update, 1m", "seconds"
+    yield task, "nothing compiled before", metric, case["cold_seconds"], "<= 15"
+    yield task, "compiled programs on disk", metric, case["cached_seconds"], "<= 15"
 
 
 def _update_seeds(case: Mapping[str, Any]) -> Iterable[Line]:

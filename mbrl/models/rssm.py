@@ -170,7 +170,7 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
         seen = observation.prepare(spec.observation, obs, state.statistics.observations)
         tokens = nets.tokens(state.weights, seen)
         step = tokens[:, None], prev_action[:, None], is_first[:, None]
-        found, _ = filter_sequence(nets, law, state.weights, key, latent, *step)
+        found, _ = filter_sequence(config, nets, law, state.weights, key, latent, *step)
         return jax.tree.map(lambda x: x[:, 0], found)
 
     def reward(state: RSSMState, latent: Latent) -> Array:
@@ -233,13 +233,14 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
 
 
 def filter_sequence(
-    nets: RSSMNetworks, law: Stochastic, weights: Params, key: Key, latent: Latent,
-    tokens: Array, prev_action: Array, is_first: Array,
+    config: RSSMConfig, nets: RSSMNetworks, law: Stochastic, weights: Params, key: Key,
+    latent: Latent, tokens: Array, prev_action: Array, is_first: Array,
 ) -> tuple[Latent, Any]:  # fmt: skip
     """Infer latents along sequences.
 
     Args:
-      nets: networks of the model.
+      config: of the model.
+      nets: its networks.
       law: its stochastic latents.
       weights: parameters.
       key: consumed.
@@ -251,7 +252,7 @@ def filter_sequence(
     Returns:
       The posterior samples [B, T] and their distribution [B, T, S].
     """
-    keep = 1.0 - is_first.astype(jnp.float32)[..., None]
+    keep = config.memory * (1.0 - is_first.astype(jnp.float32)[..., None])
     # Whatever does not depend on the recurrent state is computed for all steps at once.
     drive = nets.drive(weights, prev_action * keep)
     evidence = nets.evidence(weights, tokens)
@@ -297,7 +298,7 @@ def rssm_loss(
     target = observation.prepare(spec.observation, rows, state.statistics.observations)
     tokens = nets.tokens(weights, target).reshape(*mask.shape, -1)
     latent, posterior = filter_sequence(
-        nets, law, weights, key, before, tokens, action[:, :-1], now.is_first
+        config, nets, law, weights, key, before, tokens, action[:, :-1], now.is_first
     )
     prior = law.distribution(nets.prior(weights, latent.deter))
     divergence = balanced_kl(posterior, prior, config.free_nats)

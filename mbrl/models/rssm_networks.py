@@ -49,6 +49,8 @@ class RSSMConfig:
     """Standardize vectors by their running moments (published: symlog alone)."""
     members: int = 0
     """Networks that predict the next latent and reward again, for uncertainty; 0 = none."""
+    memory: bool = True
+    """Carry latents from record to record; without, each is inferred from its own alone."""
     dtype: str = "float32"
     """Of the matrix products, float32 or bfloat16."""
 

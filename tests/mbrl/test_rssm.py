@@ -146,6 +146,28 @@ def test_the_first_latent_of_an_episode_is_that_of_a_fresh_start() -> None:
     assert not any(np.any(x) for x in fresh)
 
 
+def test_without_memory_every_record_is_seen_alone() -> None:
+    it = case("push")
+    model = rssm(PUSH, dataclasses.replace(GAUSSIAN, memory=False))
+    every = it.record._replace(is_first=jnp.ones_like(it.record.is_first))
+    valid = np.ones((B, T + 1), bool)
+
+    def alone(record: Any) -> Latent:
+        return model.loss(it.state, KEY, record, valid)[1].latent
+
+    for one, two in zip(jax.jit(alone)(it.record), latents("push", every), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    # Nor is there any while acting, whatever latent and action came before.
+    obs = it.record.obs[:, 1]
+    encode = jax.jit(lambda latent, action: model.encode(
+        it.state, KEY, latent, obs, action, jnp.zeros(B, bool)
+    ))  # fmt: skip
+    empty = model.begin(B)
+    other = jax.tree.map(lambda x: x + 1.0, empty)
+    action = jnp.zeros((B, spaces.flat_size(PUSH.action)))
+    assert same(encode(other, action + 0.5), encode(empty, action)).all()
+
+
 def sharp(state: RSSMState) -> RSSMState:
     """Make the posterior nearly certain, so that no noise can change its sample."""
     weights = jax.tree.map(lambda x: x, state.weights)
