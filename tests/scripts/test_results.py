@@ -69,6 +69,8 @@ def test_runs_on_other_observations_or_on_records_are_other_results(tmp_path: Pa
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     rows = results.collect(folders)
     assert [row["setting"] for row in rows] == ["", "pixels 64 action-repeat 2", "data x.npz"]
+    # The target is one for the preset.
+    assert ["target" in row for row in rows] == [True, False, False]
     assert "--pixels 64 --action-repeat 2" in rows[1]["command"]
     assert "--data x.npz" in rows[2]["command"]
 
