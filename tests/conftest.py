@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 # Compilation dominates the fast tests: programs compiled once are read back, also by the
 # processes that tests start. Set in the environment because jax reads it when imported.
@@ -15,3 +18,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="module")
+def same_versions() -> Iterator[None]:
+    """Hold the versions still: the commit of a checkout may change while tests run."""
+    from mbrl.training import run_directory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory, "versions", lambda: {"python": "3"})
+        yield

@@ -115,8 +115,11 @@ def _on_cpu(products: Callable[..., Array], convolution: Callable[..., Array]) -
     def few_at_a_time(x: Array, kernel: Array) -> Array:
         # The neighbours of all images would not fit into the cache, nor would it be wise to
         # keep them for the gradient.
-        layer = jax.checkpoint(lambda x: products(x[None], kernel)[0])
-        return jax.lax.map(layer, x, batch_size=CHUNK)
+        batch = x.shape[0]
+        few = min(batch, CHUNK)
+        x = jnp.pad(x, ((0, -batch % few), *[(0, 0)] * 3)).reshape(-1, few, *x.shape[1:])
+        y = jax.lax.map(jax.checkpoint(lambda x: products(x, kernel)), x)
+        return y.reshape(-1, *y.shape[2:])[:batch]
 
     return partial(jax.lax.platform_dependent, cpu=few_at_a_time, default=convolution)
 

@@ -20,15 +20,7 @@ from scripts import train as job
 from tests.faults import tasks
 from tests.faults.commands import copied, digest, saves, train
 
-pytestmark = pytest.mark.fault
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _same_versions():
-    """Hold the versions still: the commit of a checkout may change while tests run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_directory, "versions", lambda: {"python": "3"})
-        yield
+pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("same_versions")]
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mbrl.training import checkpoint, run_directory
+from mbrl.training import checkpoint
 from scripts import runs
 from tests.scripts.test_train import TINY, call
 
+pytestmark = pytest.mark.usefixtures("same_versions")
+
 ENV = ["--env", "device/Pendulum"]
 RUN = [*ENV, "--steps", "60", "--num-seeds", "2", "--eval-episodes", "0", *TINY]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _same_versions():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_directory, "versions", lambda: {"jax": "0"})
-        yield
 
 
 @pytest.fixture(scope="module")

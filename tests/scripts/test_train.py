@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mbrl.training import checkpoint, run_directory
+from mbrl.training import checkpoint
 from mbrl.training.metrics import read
 from scripts import runs, train
 from scripts.cli import main
+
+pytestmark = pytest.mark.usefixtures("same_versions")
 
 TINY = [
     "--members", "2", "--elites", "2", "--hidden", "8", "--batch-size", "8", "--max-epochs", "1",
@@ -32,14 +34,6 @@ def call(*argv: str) -> int:
         return main(list(argv))
     except SystemExit as stop:
         return int(stop.code or 0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _same_versions():
-    """Hold the versions still: the commit of a checkout may change while tests run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_directory, "versions", lambda: {"jax": "0"})
-        yield
 
 
 @pytest.fixture(scope="module")
