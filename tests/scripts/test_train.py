@@ -66,7 +66,7 @@ def test_a_run_writes_its_settings_metrics_saves_and_evaluation(finished):
     assert config["config"]["members"] == 2
     assert config["config"]["planner"]["population"] == 8
     assert config["config"]["planner"]["noise_beta"] == 0.5  # the preset of CartPole-v1
-    assert config["versions"] == {"jax": "0"}
+    assert config["versions"] == {"python": "3"}
     lines = read(finished)
     losses = [line["step"] for line in lines if "model/loss" in line]
     assert losses == [20, 40, 60]
