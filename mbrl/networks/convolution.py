@@ -22,6 +22,7 @@ from mbrl.types import Array
 
 KERNEL = 5
 CHUNK = 32
+"""Images that are convolved at a time on CPU."""
 MULTIPLES = (2, 3, 4)
 """Channels of the stages in units of `depth`; the last holds for all that follow."""
 

@@ -121,6 +121,26 @@ def test_products_and_convolutions_are_the_same_layer(
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("up", [False, True], ids=["down", "up"])
+def test_images_come_back_in_order_when_the_last_part_is_not_full(
+    up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(5, 4, 4, 2)).astype(np.float32)
+    kernel = rng.normal(size=(5, 5, 2, 3)).astype(np.float32)
+
+    def layer(x: Any, kernel: Any) -> Any:
+        if up:
+            return convolution.double_conv(x, kernel, (8, 8))
+        return convolution.conv_halve(x, kernel)
+
+    at_once = _with_gradient(layer, x, kernel)
+    monkeypatch.setattr(convolution, "CHUNK", 2)
+    in_parts = _with_gradient(layer, x, kernel)
+    for one, two in zip(*map(jax.tree.leaves, (at_once, in_parts)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA:CPU")
 def test_training_in_a_loop_convolves_by_products() -> None:
     net = ConvEncoder(2)
