@@ -39,7 +39,8 @@ def test_the_committed_page_is_current() -> None:
 
 def test_a_row_and_its_command(tmp_path: Path) -> None:
     text = page.render(page.load(written(tmp_path, ROW)))
-    cells = "| 1 | Pendulum-v1 | 2,000 | 3 | return | >= -180 | -151.2 (-172.5 to -140) | met |"
+    cells = "| 1 | Pendulum-v1 | 2,000 | 3 | return | >= -180 | -151.2 (-172.5 to -140) "
+    cells += "| met so far, 3 of 5 seeds |"
     assert "## PETS\n" in text
     assert cells in text
     assert "1. `mbrl train pets --env Pendulum-v1`" in text
@@ -80,6 +81,17 @@ def test_rows_of_different_runs_have_numbers_of_their_own(tmp_path: Path) -> Non
 )
 def test_met(value: float, target: Any, expected: bool | None) -> None:
     assert page.met(value, target) is expected
+
+
+@pytest.mark.parametrize(
+    ("seeds", "verdict"),
+    [({"seeds": 5, "values": [-151.25] * 5}, "met"), ({"seeds": None, "values": []}, "met")],
+)
+def test_a_target_is_met_by_all_seeds_or_without_any(
+    seeds: dict[str, Any], verdict: str, tmp_path: Path
+) -> None:
+    text = page.render(page.load(written(tmp_path, ROW | seeds)))
+    assert f"| {verdict} |" in text
 
 
 def test_missed_targets_are_shown(tmp_path: Path) -> None:

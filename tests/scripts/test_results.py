@@ -50,7 +50,7 @@ def test_a_run_of_several_seeds_gives_the_median_of_their_means(tmp_path: Path) 
     assert row["command"] == "mbrl train pets --env Pendulum-v1 --steps 2000 --num-seeds 3"
     assert (row["commit"], row["hardware"]) == ("1a2b3c4d", "A processor")
     assert row["versions"] == {"python": "3.11.7", "jax": "0.10.2"}
-    assert "| -170 (-190 to -120) | met |" in benchmarks_page.render([row])
+    assert "| -170 (-190 to -120) | met so far, 3 of 5 seeds |" in benchmarks_page.render([row])
 
 
 def test_where_every_seed_must_reach_the_target_the_worst_is_judged(tmp_path: Path) -> None:
