@@ -20,6 +20,7 @@ from mbrl.mdp import SplitParams, penalized, with_reward
 from mbrl.models.probabilistic import Target, probabilistic_ensemble
 from mbrl.models.propagation import EnsembleState, Propagation
 from mbrl.models.reward import RewardState, given_reward, reward_model
+from mbrl.models.termination import cautious
 from mbrl.planning import PlannerConfig, planner
 from mbrl.types import (
     Agent,
@@ -148,8 +149,9 @@ def make_pets(
     )
     ending_config = FitConfig(config.batch_size, config.termination_epochs, bootstrap=False)
 
-    def planning_params(state: PETSState) -> Any:
-        return state.model if source is None else SplitParams(state.model, state.reward)
+    def planning_params(state: PETSState, mode: Mode) -> Any:
+        model = _cautious(state.model) if mode == "greedy" else state.model
+        return model if source is None else SplitParams(model, state.reward)
 
     def init(key: Key) -> PETSState:
         state = model.init(key)
@@ -171,7 +173,7 @@ def make_pets(
         if mode == "random":
             return spaces.sample(spec.action, key, (num_envs,)), carry, ()
         init_key, plan_key = jax.random.split(key)
-        params = planning_params(state)
+        params = planning_params(state, mode)
         start = mdp.init(params, init_key, obs)
         action, warm, _ = mpc.plan(params, plan_key, start, carry.plan)
         return action, PETSCarry(warm), ()
@@ -221,6 +223,10 @@ def make_pets(
 
     sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
     return Agent(init, begin, act, update, sampling)
+
+
+def _cautious(model: EnsembleState) -> EnsembleState:
+    return model._replace(termination=cautious(model.termination))
 
 
 def _metrics(part: str, fit: Fit) -> Metrics:

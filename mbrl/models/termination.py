@@ -21,6 +21,9 @@ MAX_BALANCE = 50.0
 UNKNOWN = float(jnp.finfo(jnp.float32).max)
 """Size of a bound that no data tell of; finite, as all that is learned and saved."""
 
+SLACK = 0.01
+"""How far beyond the survivors `cautious` bounds lie, as a share of the range they span."""
+
 
 class Bounds(NamedTuple):
     """An interval per coordinate [E] that no episode has left alive."""
@@ -40,6 +43,7 @@ class TerminationState(NamedTuple):
       weights: of the network, trainable, leading [N].
       inputs: moments of the embedded next observation.
       bounds: of the embedded next observation.
+      visited: the range of survivors, with some slack.
       unexplained: bool [], whether the data hold an end that the bounds do not explain.
         Until then the network is neither trained nor evaluated.
       balance: [] how much more such an end counts than a surviving step.
@@ -48,6 +52,7 @@ class TerminationState(NamedTuple):
     weights: Params
     inputs: Moments
     bounds: Bounds
+    visited: Bounds
     unexplained: Array
     balance: Array
 
@@ -100,6 +105,29 @@ def fit_bounds(x: Array, survived: Array, ended: Array) -> Bounds:
     return Bounds(-bound[size:], bound[:size])
 
 
+def visited_range(x: Array, survived: Array) -> Bounds:
+    """Return an interval per coordinate that holds the surviving rows of x [M, E]."""
+    low = jnp.min(jnp.where(survived[:, None], x, UNKNOWN), 0)
+    high = jnp.max(jnp.where(survived[:, None], x, -UNKNOWN), 0)
+    slack = jnp.where(survived.any(), SLACK * (high - low), 0.0)
+    return Bounds(low - slack, high + slack)
+
+
+def cautious(state: TerminationState) -> TerminationState:
+    """Close the sides that nobody has left yet of coordinates that have ended episodes.
+
+    Whoever gathers data had better try them. Whoever is judged had better not: a cart that
+    has only ever left its track on the right does not know that it may not do so on the left.
+    """
+    low, high = state.bounds
+    ends_below, ends_above = low > -UNKNOWN, high < UNKNOWN
+    bounds = Bounds(
+        jnp.where(ends_above & ~ends_below, state.visited.low, low),
+        jnp.where(ends_below & ~ends_above, state.visited.high, high),
+    )
+    return state._replace(bounds=bounds)
+
+
 def termination_model(
     spec: EnvSpec,
     num_members: int,
@@ -131,8 +159,9 @@ def termination_model(
     def init(key: Key) -> TerminationState:
         weights = classifier.init(key, jnp.zeros((num_members, 1, num_inputs)))
         unknown = jnp.full(num_inputs, UNKNOWN)
+        open_sides = Bounds(-unknown, unknown)
         return TerminationState(
-            weights, normalization.empty((num_inputs,)), Bounds(-unknown, unknown),
+            weights, normalization.empty((num_inputs,)), open_sides, open_sides,
             jnp.zeros((), bool), jnp.ones(()),
         )  # fmt: skip
 
@@ -145,7 +174,7 @@ def termination_model(
         unexplained = jnp.sum(ended & bounds.inside(x))
         balance = jnp.clip(survived.sum() / jnp.maximum(unexplained, 1), 1.0, MAX_BALANCE)
         return state._replace(
-            inputs=normalization.fit(x, mask), bounds=bounds,
+            inputs=normalization.fit(x, mask), bounds=bounds, visited=visited_range(x, survived),
             unexplained=unexplained > 0, balance=balance,
         )  # fmt: skip
 

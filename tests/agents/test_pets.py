@@ -211,6 +211,25 @@ def test_an_episode_begins_without_the_plan_of_the_last_one():
     assert np.array_equal(one[1], warm[1])
 
 
+def test_only_greedy_plans_keep_to_what_was_visited_where_the_other_side_has_ended_episodes():
+    agent, state = pushed()
+    ends_right = state.model.termination.bounds.high.at[0].set(50.0)
+    visited = state.model.termination.visited
+    ending = state.model.termination._replace(
+        bounds=state.model.termination.bounds._replace(high=ends_right),
+        visited=visited._replace(low=visited.low.at[0].set(5.0)),
+    )
+    one_sided = state._replace(model=state.model._replace(termination=ending))
+    obs, first, key = jnp.array([[0.55, 0.0]]), jnp.ones(1, bool), jax.random.key(5)
+
+    def act(state: Any, mode: Any) -> Any:
+        return jax.jit(agent.act, static_argnums=5)(state, agent.begin(1), obs, first, key, mode)[0]
+
+    assert np.array_equal(act(state, "greedy"), act(state, "explore"))
+    assert np.array_equal(act(one_sided, "explore"), act(state, "explore"))
+    assert not np.array_equal(act(one_sided, "greedy"), act(one_sided, "explore"))
+
+
 def test_dict_and_discrete_observations_with_discrete_actions():
     space = {"place": Discrete(4), "speed": spaces.box(-1.0, 1.0, (2,))}
     spec = EnvSpec("mixed", space, Discrete(3), 10)

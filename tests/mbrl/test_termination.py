@@ -12,7 +12,13 @@ import pytest
 
 from mbrl import spaces
 from mbrl.fitting import FitConfig, fit_members
-from mbrl.models.termination import MAX_BALANCE, UNKNOWN, fit_bounds, termination_model
+from mbrl.models.termination import (
+    MAX_BALANCE,
+    UNKNOWN,
+    cautious,
+    fit_bounds,
+    termination_model,
+)
 from mbrl.types import EnvSpec, Transition
 
 SPEC = EnvSpec("toy", spaces.box(-np.inf, np.inf, (3,)), spaces.box(-1.0, 1.0, (1,)))
@@ -73,6 +79,26 @@ def test_a_bound_is_taken_only_where_it_explains_an_end_that_others_do_not():
     np.testing.assert_array_equal(bounds.low, [-UNKNOWN, -2.0])
     nothing = jax.jit(fit_bounds)(x, survived & False, ended)
     np.testing.assert_array_equal(np.concatenate([nothing.high, -nothing.low]), UNKNOWN)
+
+
+def test_caution_closes_what_nobody_has_left_but_only_where_the_other_side_ends_episodes():
+    x = np.random.default_rng(3).uniform(-1.0, 1.0, (400, 3)) * [2.0, 1.0, 1.0]
+    ends = (x[:, 0] > 1.0) | (np.abs(x[:, 1]) > 0.9)  # left of the first, nobody was below -2
+    model = termination_model(SPEC, 3, 3, lambda flat: flat)
+    state = model.init(jax.random.key(0))
+    survival = jax.jit(lambda state, x: model.survival(state, state.weights, x))
+    queries = jnp.array([[-1.9, 0.0, 0.0], [-2.5, 0.0, 0.0], [0.0, 0.0, 9.0], [1.5, 0.0, 0.0]])
+    queries = jnp.broadcast_to(queries, (3, 4, 3))
+    np.testing.assert_array_equal(survival(cautious(state), queries), 1.0)  # nothing known yet
+    fitted = jax.jit(model.standardize)(state, steps(x, ends), jnp.ones(400, bool))
+    np.testing.assert_array_equal(survival(fitted, queries)[0], [1.0, 1.0, 1.0, 0.0])
+    careful = jax.jit(cautious)(fitted)
+    np.testing.assert_array_equal(survival(careful, queries)[0], [1.0, 0.0, 1.0, 0.0])
+    np.testing.assert_array_equal(careful.bounds.high, fitted.bounds.high)
+    np.testing.assert_array_equal(careful.bounds.low[1:], fitted.bounds.low[1:])
+    nobody = jax.jit(model.standardize)(state, steps(x, ends), jnp.zeros(400, bool))
+    finite = [np.isfinite(leaf).all() for leaf in jax.tree.leaves(cautious(nobody))]
+    assert all(finite)
 
 
 def test_a_rule_over_two_coordinates_together_is_left_to_the_network_and_calibrated():
