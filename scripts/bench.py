@@ -82,7 +82,7 @@ def report(config: BenchConfig, jobs: dict[str, Callable[[], Any]], counted: str
     result: dict[str, Any] = {
         "benchmark": config.what,
         "quick": config.quick,
-        "command": f"mbrl bench {config.what} --repeats {config.repeats} --parts "
+        "command": f"{_pinned()}mbrl bench {config.what} --repeats {config.repeats} --parts "
         + " ".join(jobs),
         "date": time.strftime("%Y-%m-%d"),
         **machine(),
@@ -96,6 +96,20 @@ def report(config: BenchConfig, jobs: dict[str, Callable[[], Any]], counted: str
     result["load_after"] = list(os.getloadavg())
     result["seconds"] = time.perf_counter() - started
     return result
+
+
+def _cores() -> list[int]:
+    """List the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _pinned() -> str:
+    """Return what came before the command when it was kept off some of the cores."""
+    cores = _cores()
+    whole = len(cores) == os.cpu_count()
+    return "" if whole else f"taskset -c {','.join(map(str, cores))} "
 
 
 def machine() -> dict[str, Any]:
@@ -112,7 +126,8 @@ def machine() -> dict[str, Any]:
         "versions": found,
         "hardware": {
             "cpu": cpu,
-            "cores": os.cpu_count(),
+            "cores": len(_cores()),
+            "all_cores": os.cpu_count(),
             "accelerator": accelerator,
             "cpu_bf16": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text],
         },

@@ -253,6 +253,9 @@ def speed(measured: Mapping[str, Any]) -> list[Row]:
         "note": f"GEMM rate before and after: {rates} GFLOP/s; "
         f"load of the machine at the start: {measured['load_before'][0]:.1f}.",
     }
+    pinned = ""  # a figure of one core does not replace that of the machine
+    if machine["cores"] != machine["all_cores"]:
+        pinned = f", {machine['cores']} of {machine['all_cores']} cores"
     planning = {
         "planning": _planning, "preset": _preset, "batch": _batch, "epoch": _epoch,
         "seeds": _seeds, "peers": _peers,
@@ -263,12 +266,13 @@ def speed(measured: Mapping[str, Any]) -> list[Row]:
     }  # fmt: skip
     parts = dreamer if measured["benchmark"] == "dreamer" else planning
     rows = [
-        {"task": task, "setting": setting, "metric": metric, "value": value, "target": target}
+        {"task": task, "setting": setting + pinned, "metric": metric, "value": value,
+         "target": target}
         for part, lines in parts.items()
         if part in measured
         for task, setting, metric, value, target in lines(measured[part])
         if math.isfinite(value)
-    ]
+    ]  # fmt: skip
     return [common | row for row in rows]
 
 

@@ -52,6 +52,16 @@ def test_the_quick_run_reports_every_part(result: dict[str, Any]) -> None:
     assert [case["batch"] for case in result["batch"]] == [1]
 
 
+def test_a_pinned_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = bench.BenchConfig("planning", repeats=1, quick=True)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for cores, prefix in (({1, 3}, "taskset -c 1,3 mbrl"), ({0, 1, 2, 3}, "mbrl")):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: cores)
+        result = bench.report(config, {}, "")
+        assert result["command"].startswith(prefix + " bench planning")
+        assert (result["hardware"]["cores"], result["hardware"]["all_cores"]) == (len(cores), 4)
+
+
 def test_rates_follow_from_work_and_time(result: dict[str, Any]) -> None:
     for case in [*result["planning"].values(), result["preset"]]:
         assert case["min_seconds"] <= case["median_seconds"]

@@ -135,7 +135,7 @@ def measured(**changes: Any) -> dict[str, Any]:
     return {
         "benchmark": "planning", "quick": False, "command": "mbrl bench planning --repeats 20",
         "date": "2026-11-30", "commit": "1a2b3c4d", "versions": {"jax": "0.10.2"},
-        "hardware": {"cpu": "A processor", "cores": 2, "accelerator": None},
+        "hardware": {"cpu": "A processor", "cores": 2, "all_cores": 2, "accelerator": None},
         "gemm": {"before_gflops": 190.0, "after_gflops": 188.0}, "load_before": [0.1, 0.2, 0.3],
         "planning": {
             "a_float32": case | {"dtype": "float32"},
@@ -171,6 +171,13 @@ def test_speed_is_judged_by_its_targets(tmp_path: Path) -> None:
     assert verdicts["time relative to one seed", "tiny settings"] is False
     assert verdicts["time relative to one seed", "default settings"] is None
     assert {row["hardware"] for row in rows} == {"A processor, 2 cores"}
+
+
+def test_figures_of_one_core_stand_beside_those_of_the_machine() -> None:
+    one_core = measured()["hardware"] | {"cores": 1}
+    rows = results.speed(measured(hardware=one_core))
+    assert all(row["setting"].endswith(", 1 of 2 cores") for row in rows)
+    assert {row["hardware"] for row in rows} == {"A processor, 1 cores"}
 
 
 def test_a_quick_measurement_is_refused() -> None:
