@@ -60,7 +60,7 @@ faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m fault -n $(JOBS)
 
 learning: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m learning
+	XLA_FLAGS= $(BIN)/python -m pytest -m learning
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/mbrl bench planning

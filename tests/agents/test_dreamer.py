@@ -26,7 +26,7 @@ from mbrl.training.learner import (
     updates_per_step,
 )
 from mbrl.types import Agent, Batch, Discrete, EnvSpec
-from tests.agents.tiny import ARM, FAST, RICH, SIMPLE, TINY, tiny_dreamer, tiny_parts
+from tests.agents.tiny import ARM, RICH, SIMPLE, TINY, tiny_dreamer, tiny_parts
 from tests.mbrl import plain
 from tests.mbrl.sequences import random_records, random_space
 from tests.mbrl.toys import StreamEnv, counter_mdp, linear_agent
@@ -76,7 +76,7 @@ def acting() -> Any:
     agent = tiny_dreamer(RICH)
     parts = tiny_parts(RICH)
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(state: Any, carry: Any, obs: Any, is_first: Any, key: Any) -> Any:
         modes: tuple[Any, ...] = ("random", "explore", "greedy")
         found = {m: agent.act(state, carry, obs, is_first, key, m) for m in modes}
@@ -392,7 +392,7 @@ def test_a_planner_acts_on_the_latent_model(method: Any) -> None:
     agent = tiny_dreamer(SIMPLE, config)
     state = state_of(agent)
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def act(state: Any, carry: Any, obs: Any, is_first: Any, key: Any) -> Any:
         return agent.act(state, carry, obs, is_first, key, "explore")
 

@@ -29,7 +29,7 @@ from mbrl.models.rssm_networks import stochastic
 from mbrl.normalization import Moments, ReturnScale
 from mbrl.policies import Policy
 from mbrl.types import EnvSpec
-from tests.agents.tiny import ARM, FAST, RICH, SIMPLE, SIZE, TINY, tiny_parts
+from tests.agents.tiny import ARM, RICH, SIMPLE, SIZE, TINY, tiny_parts
 from tests.mbrl import plain
 from tests.mbrl.sequences import edited, random_records
 
@@ -116,7 +116,7 @@ def case(name: str) -> Case:
     record = edited(record, (0, 2), "is_terminal")
     record = edited(record, ([0, 1, 2], [3, 4, 2]), "is_first")
     loss = functools.partial(total_loss, parts, config)
-    evaluate = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    evaluate = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return Case(spec, config, parts, state, record, np.ones((B, T + 1), bool), evaluate)
 
 

@@ -18,9 +18,6 @@ TINY = DreamerConfig(
     batch_size=2, length=5, horizon=3, random_steps=20, capacity=100, warmup=0, learning_rate=1e-2
 )
 
-FAST: Any = {"xla_backend_optimization_level": 0}
-"""Compiler options for what is run a few times only: a third of the time is saved."""
-
 ARM = spaces.box([-1.0, 0.0], [3.0, 0.5])
 SIMPLE = EnvSpec("simple", spaces.box(-np.inf, np.inf, (3,)), Discrete(3))
 RICH = EnvSpec(

@@ -25,7 +25,6 @@ from tests.mbrl import plain
 from tests.mbrl.sequences import edited, random_records
 
 KEY = jax.random.key(0)
-FAST: Any = {"xla_backend_optimization_level": 0}
 TINY = RSSMConfig(deter=16, hidden=8, units=8, depth=2, stoch=3, classes=4, blocks=2)
 GAUSSIAN = dataclasses.replace(TINY, classes=0, members=2)
 PUSH = EnvSpec(
@@ -76,7 +75,7 @@ def case(kind: str) -> Case:
     state = RSSMState(plain.random_weights(shapes.weights, 1), statistics_of(shapes, 1.5))
     packed = jax.eval_shape(lambda: model.pack(model.begin(1)))
     record = random_records(spec, packed, (B, T + 1))
-    return Case(model, state, record, jax.jit(model.loss, compiler_options=FAST))
+    return Case(model, state, record, jax.jit(model.loss))
 
 
 def latents(kind: str, record: Any) -> Latent:
