@@ -218,13 +218,17 @@ def command(configs: Sequence[Mapping[str, Any]]) -> str:
     return " && ".join(words)
 
 
+def _cores(number: int) -> str:
+    return "1 core" if number == 1 else f"{number} cores"
+
+
 def origin(versions: Mapping[str, str]) -> Row:
     """Split the versions of a run into those of packages and the machine."""
     packages = dict(versions)
     packages.pop("commit", None)
     cpu, accelerator = packages.pop("cpu", "unknown"), packages.pop("accelerator", None)
     # The run does not say how many cores it had; this machine may be the same.
-    cores = f", {os.cpu_count()} cores" if cpu == run_directory.versions()["cpu"] else ""
+    cores = f", {_cores(os.cpu_count() or 1)}" if cpu == run_directory.versions()["cpu"] else ""
     return {"versions": packages, "hardware": accelerator or f"{cpu}{cores}"}
 
 
@@ -248,7 +252,7 @@ def speed(measured: Mapping[str, Any]) -> list[Row]:
         "command": measured["command"],
         "versions": measured["versions"],
         "commit": measured["commit"],
-        "hardware": machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores",
+        "hardware": machine["accelerator"] or f"{machine['cpu']}, {_cores(machine['cores'])}",
         "date": measured["date"],
         "note": f"GEMM rate before and after: {rates} GFLOP/s; "
         f"load of the machine at the start: {measured['load_before'][0]:.1f}.",

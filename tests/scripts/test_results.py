@@ -177,7 +177,7 @@ def test_figures_of_one_core_stand_beside_those_of_the_machine() -> None:
     one_core = measured()["hardware"] | {"cores": 1}
     rows = results.speed(measured(hardware=one_core))
     assert all(row["setting"].endswith(", 1 of 2 cores") for row in rows)
-    assert {row["hardware"] for row in rows} == {"A processor, 1 cores"}
+    assert {row["hardware"] for row in rows} == {"A processor, 1 core"}
 
 
 def test_a_quick_measurement_is_refused() -> None:
