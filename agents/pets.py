@@ -22,6 +22,7 @@ from mbrl.models.propagation import EnsembleState, Propagation
 from mbrl.models.reward import RewardState, given_reward, reward_model
 from mbrl.models.termination import cautious
 from mbrl.planning import PlannerConfig, planner
+from mbrl.settings import check_whole, check_within
 from mbrl.types import (
     Agent,
     Array,
@@ -87,6 +88,23 @@ class PETSConfig:
     """Precision of the matrix products, float32 or bfloat16."""
     planner: PlannerConfig = PlannerConfig()
     """Model-predictive control."""
+
+    def __post_init__(self) -> None:
+        check_whole(
+            self, "members", "elites", "batch_size", "max_epochs", "patience",
+            "termination_epochs", "train_every", "capacity",
+        )  # fmt: skip
+        check_whole(self, "random_steps", least=0)
+        check_within(self, "nll_beta", 0, 1)
+        check_within(self, "learning_rate", 0)
+        check_within(self, "weight_decay", 0)
+        check_within(self, "clip_norm", 0, ends="(]")
+        check_within(self, "holdout", 0, 1, "[)")
+        if self.elites > self.members:
+            raise ValueError(
+                f"elites must not exceed members, got {self.elites} > {self.members}; lower "
+                "elites or raise members"
+            )
 
 
 class PETSState(NamedTuple):
@@ -210,8 +228,7 @@ def make_pets(
         state = state._replace(
             model=params, opt_state=fit.opt_state, termination_opt_state=ending_fit.opt_state
         )
-        metrics = _metrics("model", fit)
-        metrics["model/termination_loss"] = ending_fit.metrics["model/loss"]
+        metrics = _metrics("model", fit) | _metrics("termination", ending_fit)
         if reward is not None:
             head = reward.standardize(cast(RewardState, state.reward), data, valid)
             head, fit = learn(

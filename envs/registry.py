@@ -62,6 +62,8 @@ SIMULATORS = {
 }
 """Prefix of an entry point -> module that it needs, and what to install."""
 
+DRAWING = 'drawing needs the extra: pip install "modelrl[video]"'
+
 
 def make(
     id: str,
@@ -98,11 +100,11 @@ def make(
     if action_repeat < 1:
         raise ValueError(f"action_repeat: expected at least 1, got {action_repeat}")
     if id.startswith("device/"):
-        return _plain(_make_device(id, kwargs), pixels, action_repeat)
+        return _plain(_make_device(id, kwargs), on_bad, pixels, action_repeat)
     _prepare_rendering()
     found = _load_object(id, kwargs) if ":" in id else None
     if isinstance(found, MDP):
-        return _plain(found, pixels, action_repeat)
+        return _plain(found, on_bad, pixels, action_repeat)
     target = found or _find(id.rpartition(":")[2])
     if pixels is not None and isinstance(target, str):
         kwargs.setdefault("render_mode", "rgb_array")
@@ -111,7 +113,10 @@ def make(
         env = _make_gym(target, kwargs)
         if action_repeat > 1:
             env = gym.wrappers.RepeatAction(env, action_repeat)
-        return env if pixels is None else wrappers.pixels(env, pixels)
+        try:
+            return env if pixels is None else wrappers.pixels(env, pixels)
+        except gym.error.DependencyNotInstalled as error:
+            raise ValueError(f"pixels: {id} cannot be drawn: {error}; {DRAWING}") from error
 
     env = HostEnv(build, num_envs, on_bad, id)
     if env.spec.max_episode_steps:  # the limit counts steps of the simulator
@@ -120,12 +125,17 @@ def make(
     return env
 
 
-def _plain(mdp: MDP, pixels: int | None, action_repeat: int) -> MDP:
+def _plain(mdp: MDP, on_bad: OnBad, pixels: int | None, action_repeat: int) -> MDP:
     """Refuse what only environments on the host can do."""
     if pixels is not None or action_repeat != 1:
         raise ValueError(
             f"pixels, action_repeat: {mdp.spec.id} runs on the device and takes neither, got "
             f"pixels={pixels}, action_repeat={action_repeat}"
+        )
+    if on_bad != "raise":
+        raise ValueError(
+            f"on_bad: {mdp.spec.id} runs on the device, where bad numbers always raise, got "
+            f"{on_bad!r}; leave it out"
         )
     return mdp
 
@@ -134,6 +144,8 @@ def _make_device(id: str, kwargs: dict[str, Any]) -> MDP:
     if id not in DEVICE:
         raise ValueError(_unknown(id))
     limit = kwargs.pop("max_episode_steps", None)
+    if limit is not None and limit < 1:
+        raise ValueError(f"max_episode_steps: expected at least 1, got {limit}; None has no limit")
     accepted = inspect.signature(DEVICE[id]).parameters
     if not kwargs.keys() <= accepted.keys():
         extra = sorted(kwargs.keys() - accepted.keys())

@@ -114,10 +114,18 @@ def flatten(space: Space, x: Any) -> Array:
 
     Returns:
       [..., flat_size(space)] float32.
+
+    Raises:
+      ValueError: for a Box element of another shape.
     """
     match space:
         case Box():
-            lead = x.shape[: x.ndim - len(space.shape)]
+            lead = x.shape[: max(x.ndim - len(space.shape), 0)]
+            if x.shape[len(lead) :] != space.shape:
+                raise ValueError(
+                    f"obs or action: got shape {x.shape}, expected {('...', *space.shape)}; its "
+                    "last axes are those of the space"
+                )
             scale = 255.0 if space.dtype == np.uint8 else 1.0
             return (x.astype(jnp.float32) / scale).reshape(*lead, flat_size(space))
         case Discrete():

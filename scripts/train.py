@@ -127,7 +127,10 @@ def main(argv: list[str]) -> int:
         return 0
     saved = "saved" if trained.saved == trained.step else f"NOT saved after step {trained.saved}"
     command = f"mbrl train {shlex.join(argv)}"
-    print(f"stopped at step {trained.step}, {saved}; resume with: {command}", file=sys.stderr)
+    print(
+        f"stopped at step {trained.step}, {saved} (exit code 75); resume with: {command}",
+        file=sys.stderr,
+    )
     return 75
 
 

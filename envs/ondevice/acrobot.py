@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.ondevice.physics import Scalar, outcome, rk4, wrap_angle
+from envs.ondevice.physics import Scalar, outcome, rk4, start_obs, wrap_angle
 from mbrl.spaces import box
 from mbrl.types import MDP, Array, Discrete, EnvSpec, Key, Outcome
 
@@ -87,7 +87,7 @@ def make(constants: AcrobotParams = DEFAULT) -> MDP:
         params: AcrobotParams | None, key: Key, obs: Array | None = None, batch: int = 1
     ) -> AcrobotState:
         if obs is not None:
-            obs = jnp.asarray(obs, jnp.float32)
+            obs = start_obs(spec, obs)
             angle_1 = jnp.arctan2(obs[:, 1], obs[:, 0])
             return AcrobotState(angle_1, jnp.arctan2(obs[:, 3], obs[:, 2]), obs[:, 4], obs[:, 5])
         y = jax.random.uniform(key, (batch, 4), minval=-0.1, maxval=0.1)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.ondevice.physics import Scalar, outcome
+from envs.ondevice.physics import Scalar, outcome, start_obs
 from mbrl.spaces import box
 from mbrl.types import MDP, Array, Discrete, EnvSpec, Key, Outcome
 
@@ -54,7 +54,7 @@ def make(constants: CartPoleParams = DEFAULT) -> MDP:
     ) -> CartPoleState:
         if obs is None:
             obs = jax.random.uniform(key, (batch, 4), minval=-0.05, maxval=0.05)
-        obs = jnp.asarray(obs, jnp.float32)
+        obs = start_obs(spec, obs)
         return CartPoleState(obs[:, 0], obs[:, 1], obs[:, 2], obs[:, 3])
 
     def step(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.ondevice.physics import Scalar, outcome, rk4, wrap_angle
+from envs.ondevice.physics import Scalar, outcome, rk4, start_obs, wrap_angle
 from mbrl.spaces import box
 from mbrl.types import MDP, Array, EnvSpec, Key, Outcome
 
@@ -96,7 +96,7 @@ def make(constants: SwingUpParams = DEFAULT) -> MDP:
     ) -> SwingUpState:
         p = constants if params is None else params
         if obs is not None:
-            obs = jnp.asarray(obs, jnp.float32)
+            obs = start_obs(spec, obs)
             angle = jnp.arctan2(obs[:, 3], obs[:, 2])
             return SwingUpState(obs[:, 0], obs[:, 1], angle, obs[:, 4])
         y = p.noise * jax.random.normal(key, (batch, 4)) + jnp.array([0.0, 0.0, jnp.pi, 0.0])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from envs.ondevice.physics import outcome
+from envs.ondevice.physics import outcome, start_obs
 from mbrl.spaces import box
 from mbrl.types import MDP, Array, Discrete, EnvSpec, Key, Outcome
 
@@ -49,7 +49,8 @@ def make(rows: int = 10, columns: int = 5) -> MDP:
             return CatchState(jnp.zeros_like(column), column, jnp.full_like(column, columns // 2))
         # Above the bottom row a board is unambiguous; a finished one may show two pieces
         # there, and no longer matters.
-        falling, floor = jnp.asarray(obs)[:, :bottom], jnp.asarray(obs)[:, bottom]
+        board = start_obs(spec, obs)
+        falling, floor = board[:, :bottom], board[:, bottom]
         paddle = jnp.argmax(floor, -1).astype(jnp.int32)
         last = (columns - 1 - jnp.argmax(floor[:, ::-1], -1)).astype(jnp.int32)
         in_air = jnp.any(falling > 0, (1, 2))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from envs.ondevice.physics import outcome
+from envs.ondevice.physics import outcome, start_obs
 from mbrl.spaces import box
 from mbrl.types import MDP, Array, Discrete, EnvSpec, Key, Outcome
 
@@ -58,7 +58,7 @@ def make(size: int = 5, max_episode_steps: int = 100) -> MDP:
         params: GridWorldParams | None, key: Key, obs: Array | None = None, batch: int = 1
     ) -> GridWorldState:
         if obs is not None:
-            cell = jnp.argmax(jnp.asarray(obs), -1).astype(jnp.int32)
+            cell = jnp.argmax(start_obs(spec, obs), -1).astype(jnp.int32)
             return GridWorldState(cell // size, cell % size)
         start = jnp.asarray((default if params is None else params).start, jnp.int32)
         return GridWorldState(*(jnp.full((batch,), start[i], jnp.int32) for i in range(2)))

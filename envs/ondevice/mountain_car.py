@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.ondevice.physics import Scalar, outcome
+from envs.ondevice.physics import Scalar, outcome, start_obs
 from mbrl.spaces import box
 from mbrl.types import MDP, Array, EnvSpec, Key, Outcome
 
@@ -49,7 +49,7 @@ def make(constants: MountainCarParams = DEFAULT) -> MDP:
         params: MountainCarParams | None, key: Key, obs: Array | None = None, batch: int = 1
     ) -> MountainCarState:
         if obs is not None:
-            obs = jnp.asarray(obs, jnp.float32)
+            obs = start_obs(spec, obs)
             return MountainCarState(obs[:, 0], obs[:, 1])
         position = jax.random.uniform(key, (batch,), minval=-0.6, maxval=-0.4)
         return MountainCarState(position, jnp.zeros_like(position))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.ondevice.physics import Scalar, outcome, wrap_angle
+from envs.ondevice.physics import Scalar, outcome, start_obs, wrap_angle
 from mbrl.spaces import box
 from mbrl.types import MDP, Array, EnvSpec, Key, Outcome
 
@@ -51,7 +51,7 @@ def make(constants: PendulumParams = DEFAULT) -> MDP:
         params: PendulumParams | None, key: Key, obs: Array | None = None, batch: int = 1
     ) -> PendulumState:
         if obs is not None:
-            obs = jnp.asarray(obs, jnp.float32)
+            obs = start_obs(spec, obs)
             return PendulumState(jnp.arctan2(obs[:, 1], obs[:, 0]), obs[:, 2])
         u = jax.random.uniform(key, (batch, 2), minval=-1.0, maxval=1.0)
         return PendulumState(jnp.pi * u[:, 0], u[:, 1])

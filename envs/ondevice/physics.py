@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from mbrl.types import Array, Outcome
+from mbrl.types import Array, Box, EnvSpec, Outcome
 
 Scalar = float | Array
 
@@ -25,6 +25,25 @@ def outcome(reward: Array, terminal: Array | None = None) -> Outcome:
     zeros = jnp.zeros_like(reward)
     discount = zeros + 1.0 if terminal is None else 1.0 - terminal.astype(jnp.float32)
     return Outcome(reward, discount, zeros)
+
+
+def start_obs(spec: EnvSpec, obs: Array) -> Array:
+    """Check observations to start from.
+
+    Returns:
+      [B, *shape] float32.
+
+    Raises:
+      ValueError: for another shape than a batch of observations.
+    """
+    obs = jnp.asarray(obs, jnp.float32)
+    space = spec.observation
+    if isinstance(space, Box) and (obs.ndim == 0 or obs.shape[1:] != space.shape):
+        raise ValueError(
+            f"obs: {spec.id} got shape {obs.shape}, expected {('B', *space.shape)}; add the batch "
+            "axis with obs[None] if it is missing"
+        )
+    return obs
 
 
 def wrap_angle(angle: Array) -> Array:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mbrl import spaces
 from mbrl.models.termination import TerminationState
@@ -80,7 +81,7 @@ def by_blocks(key: Key | None, members: int, rows: Any, apply: Callable[[Any], A
     fixed by position, for rollouts that keep their member. Any number of rows will do.
 
     Args:
-      key: consumed; None deals in order.
+      key: consumed; None gives row `r` of `R` to member `r * N // R`.
       members: N.
       rows: pytree of [R, ...].
       apply: `[N, R', ...] -> pytree of [N, R', ...]`.
@@ -89,6 +90,13 @@ def by_blocks(key: Key | None, members: int, rows: Any, apply: Callable[[Any], A
       Pytree of [R, ...]: row by row what its member made of it.
     """
     num_rows = jax.tree.leaves(rows)[0].shape[0]
+    if key is None and num_rows % members:  # blocks of unequal size
+        member = np.arange(num_rows) * members // num_rows
+        column = np.arange(num_rows) - np.searchsorted(member, member)
+        table = np.zeros((members, column.max() + 1), int)
+        table[member, column] = np.arange(num_rows)
+        served = apply(jax.tree.map(lambda x: x[table], rows))
+        return jax.tree.map(lambda y: y[member, column], served)
     padded = -(-num_rows // members) * members
     sizes = [k * members for k in range(1, max(_MAX_BLOCKS // members, 1) + 1)]
     num_blocks = max(size for size in sizes if padded % size == 0)
@@ -149,7 +157,13 @@ def ensemble_mdp(
                 "a learned model has no start states of its own: pass obs, or wrap it in "
                 "mbrl.mdp.with_resets(mdp, start_obs)"
             )
-        return spaces.flatten(spec.observation, obs)
+        flat = spaces.flatten(spec.observation, obs)
+        if flat.ndim != 2:
+            raise ValueError(
+                f"obs: got leading axes {flat.shape[:-1]}, expected one, the batch [B]; add it "
+                "with obs[None], or map over the others with jax.vmap"
+            )
+        return flat
 
     def elites(state: EnsembleState, tree: Any) -> Any:
         if num_elites == num_members:

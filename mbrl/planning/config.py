@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
+
+from mbrl.settings import check_whole, check_within
 
 Method = Literal["shooting", "cem", "icem", "mppi", "gradient"]
 Risk = Literal["mean", "lcb", "ucb", "cvar", "worst"]
@@ -54,21 +56,34 @@ class PlannerConfig:
     """Plans per iteration that come from rolling out the policy prior."""
 
     def __post_init__(self) -> None:
-        for name in ("horizon", "population", "iterations", "particles", "elites"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"planner.{name} must be at least 1, got {getattr(self, name)}")
+        check_whole(
+            self, "horizon", "population", "iterations", "particles", "elites", prefix="planner."
+        )
+        check_whole(self, "prior_plans", least=0, prefix="planner.")
+        check_within(self, "momentum", 0, 1, prefix="planner.")
+        check_within(self, "init_std", 0, ends="(]", prefix="planner.")
+        check_within(self, "noise_beta", 0, prefix="planner.")
+        check_within(self, "decay", 1, prefix="planner.")
+        check_within(self, "keep_fraction", 0, 1, prefix="planner.")
+        check_within(self, "temperature", 0, ends="(]", prefix="planner.")
+        check_within(self, "learning_rate", 0, prefix="planner.")
+        check_within(self, "discount", 0, 1, prefix="planner.")
+        if self.risk not in get_args(Risk):
+            raise ValueError(
+                f"planner.risk: got {self.risk!r}, expected one of {', '.join(get_args(Risk))}"
+            )
+        if self.risk == "cvar":
+            check_within(self, "risk_coef", 0, 1, "(]", prefix="planner.")
         if self.method in ("cem", "icem") and self.elites > self.population:
             raise ValueError(
                 f"planner.elites must not exceed planner.population, got {self.elites} > "
                 f"{self.population}; lower elites or raise population"
             )
-        if not 0 <= self.prior_plans < self.population:
+        if self.prior_plans >= min(populations(self)):
             raise ValueError(
-                f"planner.prior_plans must be in [0, population), got {self.prior_plans} "
-                f"with population {self.population}"
+                f"planner.prior_plans must be smaller than the population of every iteration, got "
+                f"{self.prior_plans} with {populations(self)}; lower it or raise population"
             )
-        if self.method == "icem" and isinstance(self.decay, float) and self.decay < 1.0:
-            raise ValueError(f"planner.decay must be at least 1, got {self.decay}")
 
     def evaluations(self) -> int:
         """Count the model evaluations (plans x particles x steps) of one action."""

@@ -12,7 +12,7 @@ import optax
 from mbrl.planning.config import PlannerConfig
 from mbrl.planning.plans import PlanSpace, plan_space
 from mbrl.planning.sampling import best_plans, put_first
-from mbrl.planning.score import Prior, Value, prior_plans, score_plans
+from mbrl.planning.score import Prior, Value, check_prior, prior_plans, score_plans
 from mbrl.types import MDP, Array, Discrete, Key, Metrics, Params, Planner, State
 
 Objective = Callable[[Array, Key], Array]
@@ -37,6 +37,7 @@ def gradient(
 
     Reference: Henaff et al. 2017 (arXiv:1705.07177); Williams 1992.
     """
+    check_prior(config, prior)
     space = plan_space(mdp.spec, config)
     optimizer = optax.adam(config.learning_rate)
     discrete = isinstance(mdp.spec.action, Discrete)
@@ -53,7 +54,7 @@ def gradient(
         start_key, prior_key, ascent_key, score_key = jax.random.split(key, 4)
         batch = carry.usable.shape[0]
         starts = space.sample(start_key, space.prior(batch), config.population)
-        if prior is not None and config.prior_plans:
+        if prior is not None:
             told = prior_plans(mdp, space, config, params, prior_key, state, prior)
             starts = jnp.concatenate([starts[:, : -config.prior_plans], told], 1)
         starts = put_first(starts, carry.plan[:, None], carry.usable)

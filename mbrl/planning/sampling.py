@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mbrl.planning.config import PlannerConfig, populations
 from mbrl.planning.plans import Distribution, PlanSpace
-from mbrl.planning.score import Prior, Value, prior_plans, score_plans
+from mbrl.planning.score import Prior, Value, check_prior, prior_plans, score_plans
 from mbrl.types import MDP, Array, Key, Metrics, Params, Planner, State
 
 Weigh = Callable[[Array], Array]
@@ -83,6 +83,8 @@ def sampling_planner(
       iteration, and `plan` [B, H, ...], what is executed, in the units of the environment.
     """
 
+    check_prior(config, prior)
+
     def init(batch: int) -> SamplingCarry:
         dist = space.prior(batch)
         mode = space.mode(dist)
@@ -101,7 +103,7 @@ def sampling_planner(
         sample_key, prior_key, score_key = jax.random.split(key, 3)
         plans = space.sample(sample_key, carry.dist, population)
         plans = put_first(plans, carry.kept, carry.usable)
-        if prior is not None and config.prior_plans:
+        if prior is not None:
             told = prior_plans(mdp, space, config, params, prior_key, state, prior)
             plans = jnp.concatenate([plans[:, : population - config.prior_plans], told], 1)
         if recipe.insert_mode:

@@ -78,6 +78,20 @@ def score_plans(
     return jnp.where(finite, risk(safe, config.risk, config.risk_coef), -jnp.inf)
 
 
+def check_prior(config: PlannerConfig, prior: Prior | None) -> None:
+    """Refuse a policy prior that would not be asked, and plans from one that is missing.
+
+    Raises:
+      ValueError: unless `prior` and `config.prior_plans` are both given or both left out.
+    """
+    if (prior is None) != (config.prior_plans == 0):
+        given = "no policy prior" if prior is None else "a policy prior"
+        raise ValueError(
+            f"planner.prior_plans: got {config.prior_plans} and {given}; expected some plans with "
+            "a prior and 0 without one"
+        )
+
+
 def prior_plans(
     mdp: MDP,
     plan_space: PlanSpace,

@@ -274,9 +274,13 @@ def test_refuses_images():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"elites": 3}, "elites"),
-        ({"elites": 0}, "elites"),
-        ({"holdout": 1.0}, r"ratio.*\[0, 1\)"),
+        ({"elites": 3}, "elites must not exceed members, got 3 > 2"),
+        ({"elites": 0}, "elites must be at least 1, got 0"),
+        ({"holdout": 1.0}, r"holdout must be in \[0, 1\), got 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"train_every": 0}, "train_every"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"clip_norm": 0.0}, "clip_norm"),
     ],
 )
 def test_refuses_impossible_settings(change, message):

@@ -224,7 +224,8 @@ def test_a_policy_prior_shows_what_sampling_would_not_find():
         return jnp.ones(s.shape[0], jnp.int32)
 
     key = jax.random.key(1)
-    alone, led = planner(mdp, config), planner(mdp, config, prior=right)
+    alone = planner(mdp, dataclasses.replace(config, prior_plans=0))
+    led = planner(mdp, config, prior=right)
     assert alone.plan(None, key, state, alone.init(1))[2]["value"][0] < 2.0
     _, _, info = led.plan(None, key, state, led.init(1))
     np.testing.assert_array_equal(info["plan"][0], 1)
@@ -337,14 +338,34 @@ def test_icem_spends_exactly_the_announced_evaluations():
     [
         ({"horizon": 0}, "horizon must be at least 1, got 0"),
         ({"elites": 65}, "elites must not exceed planner.population, got 65 > 64"),
-        ({"particles": 0}, "particles must be at least 1"),
-        ({"prior_plans": 64}, "prior_plans must be in"),
-        ({"decay": 0.5}, "decay must be at least 1"),
+        ({"particles": 0}, "particles must be at least 1, got 0; pass a whole number, such as 5"),
+        ({"horizon": 1.5}, "horizon must be at least 1, got 1.5"),
+        ({"prior_plans": 64}, "prior_plans must be smaller than the population"),
+        ({"prior_plans": 40, "decay": 2.0, "iterations": 2}, r"got 40 with \[64, 32\]"),
+        ({"prior_plans": -1}, "prior_plans must be at least 0"),
+        ({"decay": 0.5}, r"decay must be in \[1, inf\), got 0.5; the default is 1"),
+        ({"init_std": -1.0}, r"init_std must be in \(0, inf\)"),
+        ({"momentum": 2.0}, r"momentum must be in \[0, 1\]"),
+        ({"keep_fraction": 6.0}, "keep_fraction"),
+        ({"discount": float("nan")}, "discount"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"risk": "foo"}, "risk: got 'foo', expected one of mean, lcb"),
+        ({"risk": "cvar", "risk_coef": 2.0}, r"risk_coef must be in \(0, 1\]"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         PlannerConfig(**{"method": "icem", "population": 64, **settings})
+
+
+@pytest.mark.parametrize("method", ["cem", "gradient"])
+def test_a_prior_that_would_not_be_asked_is_refused(method):
+    mdp = point_mass([0.0])
+    config = PlannerConfig(method=method, population=16, elites=4)
+    with pytest.raises(ValueError, match="prior_plans: got 0 and a policy prior"):
+        planner(mdp, config, prior=lambda params, key, state: jnp.zeros((1, 1)))
+    with pytest.raises(ValueError, match="prior_plans: got 2 and no policy prior"):
+        planner(mdp, dataclasses.replace(config, prior_plans=2))
 
 
 def test_unbounded_and_unsupported_action_spaces_are_refused():
