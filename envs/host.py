@@ -25,6 +25,8 @@ from mbrl.types import TimeStep
 
 OnBad = Literal["raise", "drop", "clip"]
 
+DRAWING = 'drawing needs the extra: pip install "modelrl[video]"'
+
 FIRST_LOG_SIZE = 1024
 """Actions to keep per environment at first, when episodes have no known limit."""
 
@@ -146,8 +148,15 @@ class HostEnv:
         return self._emit(rows)
 
     def render(self, index: int = 0) -> np.ndarray | None:
-        """Return the current frame of one environment, or None if it draws none."""
-        frame = self._envs[index].render()
+        """Return the current frame of one environment, or None if it draws none.
+
+        Raises:
+          ValueError: when a package that draws is missing, with the command to install it.
+        """
+        try:
+            frame = self._envs[index].render()
+        except gym.error.DependencyNotInstalled as error:
+            raise ValueError(f"{self.spec.id} cannot be drawn: {error}; {DRAWING}") from error
         return frame if isinstance(frame, np.ndarray) else None
 
     def close(self) -> None:

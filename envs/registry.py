@@ -18,7 +18,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec, find_highest_version, get_env_id, parse_env_id
 
 from envs import wrappers
-from envs.host import HostEnv, OnBad
+from envs.host import DRAWING, HostEnv, OnBad
 from envs.ondevice import (
     acrobot,
     cartpole,
@@ -61,8 +61,6 @@ SIMULATORS = {
     "gymnasium.envs.box2d": ("Box2D", "modelrl[box2d]"),
 }
 """Prefix of an entry point -> module that it needs, and what to install."""
-
-DRAWING = 'drawing needs the extra: pip install "modelrl[video]"'
 
 
 def make(

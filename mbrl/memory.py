@@ -54,8 +54,7 @@ def check_memory(num_bytes: int, what: str, available: int | None = None) -> str
     if num_bytes > available:
         raise ValueError(
             f"{what} needs {_readable(num_bytes)}, but only {_readable(available)} of memory are "
-            "available; lower --capacity (or --num-envs), or keep replay in a memory-mapped "
-            "HostRing"
+            "available; lower --capacity, --num-envs or --num-seeds, or take a smaller network"
         )
     return _readable(num_bytes)
 

@@ -6,9 +6,11 @@ asked for, so that `mbrl --help` and `mbrl doctor` work where jax does not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import io
 import os
 import re
 import sys
@@ -127,7 +129,28 @@ def parse(
             print(f"valid flags:\n{_filled(valid)}", file=sys.stderr)
             raise SystemExit(2)
     options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(config_class, args=list(argv), prog=prog, description=description, **options)
+
+    def read() -> Config:
+        return tyro.cli(
+            config_class, args=list(argv), prog=prog, description=description, **options
+        )
+
+    if "--help" in argv or "-h" in argv:
+        return read()
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            return read()
+    except SystemExit:
+        print(f"error: {prog}: {_unframed(printed.getvalue())}", file=sys.stderr)
+        raise
+
+
+def _unframed(text: str) -> str:
+    """Return a message of tyro, without its frame and title, as one line."""
+    rows = [" ".join(re.sub(r"[─-╿]|-{5,}", " ", row).split()) for row in text.splitlines()]
+    rows = [row for row in rows if row]
+    return " ".join(rows[1:] or rows)
 
 
 def flags(config_class: type, prefix: str = "") -> list[str]:

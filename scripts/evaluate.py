@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
         if job.env is not None:
             raise ValueError(f"--video: {job.env_id} draws nothing; use its Gymnasium twin")
         options = {"render_mode": "rgb_array"}
+        _check_video(job, config.video)
 
     def film(now: Any, host_envs: Any) -> None:
         if config.video and not (frames and now.is_first[0, 0]):
@@ -79,6 +81,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _check_video(job: runs.Run, path: str) -> None:
+    """Find out before the episodes are played that what films them is missing."""
+    if not path.endswith(".gif") and importlib.util.find_spec("imageio") is None:
+        raise ValueError(
+            f'--video: {path} needs imageio: pip install "modelrl[video]", or ask for a .gif'
+        )
+    for env in job.host_envs(1, render_mode="rgb_array"):
+        env.reset(0)
+        env.render(0)
+        env.close()
+
+
 def summary(job: runs.Run, returns: np.ndarray, step: int) -> dict[str, Any]:
     """Summarize returns [S, episodes] over all seeds, and per seed."""
 
@@ -100,11 +114,7 @@ def summary(job: runs.Run, returns: np.ndarray, step: int) -> dict[str, Any]:
 
 
 def write_video(path: Path, frames: list[np.ndarray], fps: int = 30) -> None:
-    """Write frames [H, W, 3] as GIF, or as MP4 by imageio.
-
-    Raises:
-      ValueError: when an MP4 is asked for without the extra `video`.
-    """
+    """Write frames [H, W, 3] as GIF, or as MP4 by imageio."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
         from PIL import Image
@@ -112,10 +122,8 @@ def write_video(path: Path, frames: list[np.ndarray], fps: int = 30) -> None:
         images = [Image.fromarray(frame) for frame in frames]
         images[0].save(path, save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
         return
-    try:
-        import imageio.v3 as imageio
-    except ImportError as error:
-        raise ValueError('MP4 needs the extra: pip install "modelrl[video]"') from error
+    import imageio.v3 as imageio
+
     imageio.imwrite(path, np.stack(frames), fps=fps)
 
 

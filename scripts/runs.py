@@ -109,6 +109,22 @@ def _check_replay(run: Run, num_envs: int, capacity: int) -> None:
     replay.check_memory(size, "replay")
 
 
+def describe_memory(run: Run) -> str:
+    """Say how much memory replay and the agent will take, without taking it (F15).
+
+    Raises:
+      ValueError: when they do not fit together.
+    """
+    learner = jax.eval_shape(lambda: start_learners(run.factory, run.spec, run.driver, {}))
+    sizes = [
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
+        for part in (learner.ring, learner.agent)
+    ]
+    replay.check_memory(sum(sizes), "replay and agent together")
+    ring, agent = (replay.check_memory(size, "learner") for size in sizes)
+    return f"memory: replay {ring}, agent with optimizer {agent}"
+
+
 def read_data(run: Run) -> Record | None:
     """Read the recorded data of an offline run; None when it trains in an environment.
 

@@ -108,6 +108,8 @@ def main(argv: list[str]) -> int:
     options = {"pixels": config.pixels or None, "action_repeat": config.action_repeat}
     job = runs.build(argv[0], agent_config, config.env, driver, config.on_bad, options, config.data)
     data = runs.read_data(job)
+    if not job.data:
+        print(runs.describe_memory(job), file=sys.stderr)
     name = f"{argv[0]}-{config.env.replace('/', '-').replace(':', '-')}-{config.seed}"
     out = Path(config.out or Path("runs") / name)
     out.mkdir(parents=True, exist_ok=True)

@@ -194,13 +194,15 @@ def probabilistic_ensemble(
         x, y = codec.regression(data)
         return state._replace(inputs=normalization.fit(x, mask), targets=normalization.fit(y, mask))
 
+    def variance_bounds(weights: Weights) -> tuple[Array, Array]:
+        bounds = weights.logvar_low, weights.logvar_high
+        return bounds if learn_bounds else jax.lax.stop_gradient(bounds)
+
     def forward(weights: Weights, inputs: Moments, x: Array) -> Prediction:
         """Map raw features [N, R, F] to predictions [N, R, ...]."""
         out = net.apply(weights.network, normalization.normalize(inputs, x))
         mean, logvar = jnp.split(out, 2, -1)
-        bounds = weights.logvar_low, weights.logvar_high
-        bounds = bounds if learn_bounds else jax.lax.stop_gradient(bounds)
-        return Prediction(mean, bounded_variance(logvar, *bounds))
+        return Prediction(mean, bounded_variance(logvar, *variance_bounds(weights)))
 
     def loss(weights: Weights, state: EnsembleState, batch: Transition) -> tuple[Array, Metrics]:
         x, y = codec.regression(batch)
@@ -210,7 +212,8 @@ def probabilistic_ensemble(
         )
         # Per dimension as the likelihood: a sum would outweigh the few rows that need a large
         # variance, and pull the upper bound below the lower one, for good.
-        spread = jax.nn.relu(weights.logvar_high - weights.logvar_low).mean((1, 2))
+        low, high = variance_bounds(weights)
+        spread = jax.nn.relu(high - low).mean((1, 2))
         return nll.mean((1, 2)) + 0.01 * spread, {"model/nll": nll.mean()}
 
     def error(weights: Weights, state: EnsembleState, batch: Transition, mask: Array) -> Array:

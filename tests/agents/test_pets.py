@@ -264,6 +264,36 @@ def test_elites_are_the_members_with_the_smallest_error():
     assert after.model.elites.tolist() == [2]
 
 
+def test_no_member_is_held_back_by_the_gradient_of_another():
+    agent = make_pets(PUSH, dataclasses.replace(TINY, clip_norm=1e-2))
+    batch, key = batch_of(PUSH), jax.random.key(2)
+    before = agent.init(jax.random.key(1))
+    spoiled = jax.tree.map(lambda leaf: leaf.at[0].multiply(2.0), before.model.weights)
+    worse = before._replace(model=before.model._replace(weights=spoiled))
+    update = jax.jit(agent.update)
+    one, other = (update(state, batch, key)[0].model.weights for state in (before, worse))
+    assert distance(*(jax.tree.map(lambda leaf: leaf[0], w) for w in (one, other))) > 1e-3
+    second = (jax.tree.map(lambda leaf: leaf[1], w) for w in (one, other))
+    assert distance(*second) < 1e-6
+
+
+def test_weight_decay_leaves_the_bounds_of_the_variance_alone():
+    config = dataclasses.replace(TINY, weight_decay=30.0, learn_bounds=False)
+    before, after, _ = trained(make_pets(PUSH, config), batch_of(PUSH))
+    assert distance(before.model.weights.network, after.model.weights.network) > 1e-2
+    for name in ("logvar_low", "logvar_high"):
+        old, new = getattr(before.model.weights, name), getattr(after.model.weights, name)
+        np.testing.assert_array_equal(new, old)
+
+
+def test_observations_of_another_shape_are_refused_by_name():
+    agent, state = pushed()
+    for shape in ((2, 5), (2,), (2, 2, 2)):
+        with pytest.raises(ValueError, match=r"obs"):
+            agent.act(state, agent.begin(2), jnp.zeros(shape), jnp.ones(2, bool),
+                      jax.random.key(0), "explore")  # fmt: skip
+
+
 def test_refuses_images():
     image = Box((64, 64, 3), np.zeros((64, 64, 3)), np.full((64, 64, 3), 255), np.dtype(np.uint8))
     spec = PUSH._replace(observation={"camera": image, "speed": PLANE})

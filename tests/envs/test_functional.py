@@ -20,7 +20,9 @@ from envs.functional import func_env_to_mdp, mdp_to_env, mdp_to_func_env, mdp_to
 from envs.host import HostEnv
 from envs.vector import from_vector_env
 from mbrl import spaces
+from mbrl.mdp import with_resets
 from mbrl.types import MDP, Discrete, EnvSpec, MultiDiscrete, Outcome
+from tests.mbrl.test_probabilistic import fitted
 
 
 class WalkParams(NamedTuple):
@@ -62,6 +64,18 @@ def walk(limit: int | None = None) -> MDP:
 def gym_warnings(id: str) -> set[str]:
     """What the checker says about Gymnasium's own environment (recommendations only)."""
     return checked(gym.make(id).unwrapped)
+
+
+def test_the_checker_accepts_a_learned_ensemble():
+    model, state, _ = fitted()
+    starts = jnp.array([[0.2, -0.1], [-0.3, 0.4]])
+    for propagation in ("ts1", "mean"):
+        env = mdp_to_env(with_resets(model.mdp(propagation), starts), state)
+        # It has the spaces of its task, and nothing is known of their size here.
+        assert all("Box" in warning for warning in checked(env))
+        obs, _ = env.reset(seed=3)
+        assert np.isclose(obs, starts).all(-1).any()
+        np.testing.assert_allclose(env.step(np.ones(1, np.float32))[0][1] - obs[1], 0.1, atol=0.05)
 
 
 def checked(env: gym.Env[Any, Any]) -> set[str]:

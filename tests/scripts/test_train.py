@@ -8,10 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import jax
 import numpy as np
 import pytest
 
+from agents.pets import PETSConfig
 from mbrl.training import checkpoint
+from mbrl.training.learner import DriverConfig, start_learners
 from mbrl.training.metrics import read
 from scripts import runs, train
 from scripts.cli import main
@@ -158,12 +162,13 @@ def test_evaluate_on_another_environment(finished, capsys):
         (["--members", "two"], ["--members"]),
         (["--planner.horizon", "0"], ["planner.horizon must be at least 1, got 0"]),
         (["--planner.elites", "900"], ["planner.elites must not exceed", "got 900"]),
+        (["--env", "device/Pendulum", "--on-bad", "drop"], ["on_bad", "device/Pendulum", "'drop'"]),
     ],
 )
 def test_a_command_line_that_is_wrong_exits_with_2(argv, words, capsys, tmp_path):
     assert call("train", "pets", "--out", str(tmp_path / "x"), *argv) == 2
-    # A message may stand in a frame.
-    text = " ".join(" ".join(capsys.readouterr()).replace("│", " ").split())
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
     assert all(word in text for word in words), text
     assert not (tmp_path / "x").exists()
 
@@ -176,7 +181,8 @@ def test_a_command_line_that_is_wrong_exits_with_2(argv, words, capsys, tmp_path
         (["--num-seeds", "0"], ["--num-seeds: expected at least 1, got 0"]),
         (["--num-envs", "0"], ["num_envs", "got 0"]),
         (["--steps", "0"], ["steps must be at least 1, got 0"]),
-        (["--elites", "9"], ["elites", "9"]),
+        (["--elites", "9"], ["elites must not exceed members, got 9"]),
+        (["--planner.risk", "foo"], ["--planner.risk", "foo", "cvar"]),
         # F15: sizes are checked before anything is allocated.
         (["--capacity", str(10**14)], ["replay needs", "TiB", "--capacity"]),
     ],
@@ -216,3 +222,35 @@ def test_settings_come_back_from_json():
     assert runs.from_json(type(config), json.loads(text)) == config
     with pytest.raises(ValueError, match=r"\['members'\] are missing or unknown"):
         runs.from_json(type(config), {k: v for k, v in json.loads(text).items() if k != "members"})
+
+
+def test_a_video_that_cannot_be_made_is_refused_before_the_episodes(finished, capsys, monkeypatch):
+    def missing(env: Any) -> Any:
+        raise gym.error.DependencyNotInstalled("pygame is not installed")
+
+    monkeypatch.setattr(runs, "evaluate", None)  # whoever plays an episode calls it
+    monkeypatch.setattr("gymnasium.envs.classic_control.CartPoleEnv.render", missing)
+    assert call("evaluate", str(finished), "--video", "film.gif") == 2
+    assert 'pip install "modelrl[video]"' in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert call("evaluate", str(finished), "--video", "film.mp4") == 2
+    assert "film.mp4 needs imageio" in capsys.readouterr().err
+
+
+@pytest.mark.fault
+def test_the_memory_of_replay_and_agent_is_known_before_it_is_taken(monkeypatch):  # F15
+    config = PETSConfig(members=2, elites=2, hidden=(8,), capacity=100)
+    driver = DriverConfig(10, seeds=(0, 1, 2))
+    job = runs.build("pets", config, "device/Pendulum", driver)
+    # Rows of 3 observations, an action and a reward in float32 and 3 flags, two counters.
+    learner = start_learners(job.factory, job.spec, driver, {})
+    replay = 3 * (100 * (4 * 5 + 3) + 2 * 4)
+    agent = sum(leaf.nbytes for leaf in jax.tree.leaves(learner.agent))
+    expected = (
+        f"memory: replay {replay / 1024:.1f} KiB, agent with optimizer {agent / 1024:.1f} KiB"
+    )
+    assert runs.describe_memory(job) == expected
+    monkeypatch.setattr("mbrl.memory.host_memory", lambda: replay + agent - 1)
+    monkeypatch.setattr("mbrl.memory.device_memory", lambda: None)
+    with pytest.raises(ValueError, match=r"replay and agent together needs .* KiB, but only"):
+        runs.describe_memory(job)
