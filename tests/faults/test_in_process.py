@@ -58,8 +58,8 @@ def test_f2_a_signal_saves_and_the_same_command_goes_on(name, whole, fault, tmp_
     assert train(out) == 75
     text = capsys.readouterr().err
     (stopped,) = saves(out)[-1:]
-    resume = f"stopped at step {int(stopped[5:])}, saved; resume with: mbrl train pets --out"
-    assert resume in text
+    assert f"stopped at step {int(stopped[5:])}, saved (exit code 75); resume with: " in text
+    assert "mbrl train pets --out" in text
     assert stopped not in ("step_000000030", "step_000000040")
     assert train(out) == 0
     assert f"resuming {out} at step {int(stopped[5:])} of 60" in capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_f2_a_stop_that_cannot_save_says_so(fault, tmp_path, capsys, monkeypatch
     assert train(tmp_path / "run") == 75
     text = capsys.readouterr().err
     assert re.search(r"warning: step \d+ is not saved \(No space", text)
-    assert re.search(r"stopped at step \d+, NOT saved after step 0; resume", text)
+    assert re.search(r"stopped at step \d+, NOT saved after step 0 \(exit code 75\); resume", text)
 
 
 def test_f19_an_evaluation_that_fails_leaves_the_run_whole(tmp_path, capsys, monkeypatch, whole):
