@@ -64,7 +64,7 @@ def test_trains_in_one_program_over_seeds_and_follows_its_reward(source: str) ->
         assert np.all(np.isfinite(leaf))
     names = {name.split("/")[0] for name in report.metrics}
     own = source in ("gaussian", "two_hot")
-    assert names == ({"model", "reward"} if own else {"model"})
+    assert names == {"model", "termination"} | ({"reward"} if own else set())
     assert (learned.reward is not None) == own
     if source == "gaussian":  # 0 nats is what no knowledge of a standardized reward scores
         assert np.all(report.metrics["reward/holdout_error"] < -0.1)
