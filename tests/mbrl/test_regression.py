@@ -118,7 +118,7 @@ def test_two_hot_sums_to_one_has_two_neighbours_and_keeps_the_mean() -> None:
     np.testing.assert_allclose(probs.sum(-1), 1.0, atol=2e-6)
     np.testing.assert_allclose(probs @ np.asarray(bins, np.float64), x, rtol=1e-4, atol=1e-6)
     for row in probs:
-        (hot,) = np.nonzero(row)
+        (hot,) = np.nonzero(row > 1e-6)  # a quotient of equal numbers may not be 1
         assert len(hot) <= 2
         assert hot[-1] - hot[0] <= 1
 
