@@ -54,11 +54,12 @@ def two_hot(x: Array, bins: Array) -> Array:
     Reference: Mastering Diverse Domains through World Models (arXiv 2301.04104).
     """
     x = jnp.clip(x, bins[0], bins[-1])[..., None]
-    # A hat function around every bin: no comparison, gather or scatter.
+    # A hat function around every bin: no comparison, gather or scatter. A flank starts at the
+    # neighbour, where it is exactly 0 however the compiler rounds a quotient.
     width = jnp.diff(bins)
-    flank = jnp.ones_like(bins[:1])  # slope beyond the outermost bins, which nothing reaches
-    rising = 1.0 + (x - bins) / jnp.concatenate([flank, width])
-    falling = 1.0 - (x - bins) / jnp.concatenate([width, flank])
+    outermost = jnp.ones_like(x)
+    rising = jnp.concatenate([outermost, (x - bins[:-1]) / width], -1)
+    falling = jnp.concatenate([(bins[1:] - x) / width, outermost], -1)
     return jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
 
 

@@ -118,9 +118,12 @@ def test_two_hot_sums_to_one_has_two_neighbours_and_keeps_the_mean() -> None:
     np.testing.assert_allclose(probs.sum(-1), 1.0, atol=2e-6)
     np.testing.assert_allclose(probs @ np.asarray(bins, np.float64), x, rtol=1e-4, atol=1e-6)
     for row in probs:
-        (hot,) = np.nonzero(row > 1e-6)  # a quotient of equal numbers may not be 1
+        (hot,) = np.nonzero(row)
         assert len(hot) <= 2
         assert hot[-1] - hot[0] <= 1
+    ends = np.asarray(reg.two_hot(jnp.array([bins[0], bins[-1], -1e30, 1e30]), bins))
+    np.testing.assert_array_equal(ends[:, [0, -1]], [[1, 0], [0, 1], [1, 0], [0, 1]])
+    np.testing.assert_array_equal(ends[:, 1:-1], 0.0)
 
 
 def test_two_hot_mean_is_exactly_zero_for_equal_logits_also_under_jit() -> None:
