@@ -17,10 +17,11 @@ import optax
 from mbrl import optim, replay, spaces
 from mbrl.fitting import Fit, FitConfig, fit_members
 from mbrl.mdp import SplitParams, penalized, with_reward
-from mbrl.models.probabilistic import Target, probabilistic_ensemble
+from mbrl.models.probabilistic import ProbabilisticEnsemble, Target, probabilistic_ensemble
 from mbrl.models.propagation import EnsembleState, Propagation
-from mbrl.models.reward import RewardState, given_reward, reward_model
+from mbrl.models.reward import RewardModel, RewardState, given_reward, reward_model
 from mbrl.models.termination import cautious
+from mbrl.models.value import ValueModel, ValueState, value_model
 from mbrl.planning import PlannerConfig, planner
 from mbrl.settings import check_whole, check_within
 from mbrl.types import (
@@ -33,9 +34,13 @@ from mbrl.types import (
     Metrics,
     Mode,
     Network,
+    Planner,
     SampleSpec,
     reset_rows,
 )
+
+VALUE_FIT = FitConfig(batch_size=256, max_epochs=5, bootstrap=False)
+"""Short, because every round of value iteration has another; members differ by their start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +55,9 @@ class PETSConfig:
     """Hidden layers of each member (P: 3 x 500 or 4 x 200; smaller for CPU, M)."""
     propagation: Propagation = "ts1"
     """How particles move through the ensemble: ts1, tsinf, mean or moment_matching (P)."""
-    targets: Target = "delta"
-    """What is predicted of the next observation: delta, absolute or angle (P)."""
+    targets: tuple[Target, ...] = ("delta",)
+    """What is predicted of the next observation: delta, absolute or angle (P); one for all
+    dimensions of the flattened observation, or one each."""
     learn_bounds: bool = True
     """Learn the log-variance bounds (P)."""
     nll_beta: float = 0.0
@@ -82,6 +88,9 @@ class PETSConfig:
     """Environment steps between model updates (P: one episode)."""
     capacity: int = 10_000
     """Records kept in replay."""
+    value_rounds: int = 0
+    """Rounds of fitted value iteration per update, for plans that end in a learned value,
+    discounted by `planner.discount`; 0 = plans end in nothing (P). 4 for survival (M)."""
     penalty: float = 0.0
     """Reward subtracted per standard deviation of model disagreement; < 0 is optimism."""
     dtype: str = "float32"
@@ -95,6 +104,7 @@ class PETSConfig:
             "termination_epochs", "train_every", "capacity",
         )  # fmt: skip
         check_whole(self, "random_steps", least=0)
+        check_whole(self, "value_rounds", least=0)
         check_within(self, "nll_beta", 0, 1)
         check_within(self, "learning_rate", 0)
         check_within(self, "weight_decay", 0)
@@ -105,16 +115,25 @@ class PETSConfig:
                 f"elites must not exceed members, got {self.elites} > {self.members}; lower "
                 "elites or raise members"
             )
+        endless = not isinstance(self.planner.discount, Array) and self.planner.discount >= 1
+        if self.value_rounds and endless:
+            raise ValueError(
+                f"planner.discount must be below 1 where a value is learned, got "
+                f"{self.planner.discount} with value_rounds={self.value_rounds}; pass for example "
+                "--planner.discount 0.99, or --value-rounds 0"
+            )
 
 
 class PETSState(NamedTuple):
-    """Everything PETS learns; `reward` is None unless it has a model of its own."""
+    """Everything PETS learns; `reward` and `value` are None unless they are learned apart."""
 
     model: EnsembleState
     opt_state: optax.OptState
     termination_opt_state: optax.OptState
     reward: RewardState | None = None
     reward_opt_state: optax.OptState | None = None
+    value: ValueState | None = None
+    value_opt_state: optax.OptState | None = None
 
 
 class PETSCarry(NamedTuple):
@@ -142,30 +161,25 @@ def make_pets(
       ValueError: for spaces that PETS cannot model, and impossible settings.
     """
     _check(spec, config, reward_fn is not None)
-    model = probabilistic_ensemble(
-        spec, config.members, config.hidden, config.targets, config.elites,
-        config.learn_bounds, config.nll_beta, network, config.dtype,
-    )  # fmt: skip
-    reward = None
-    if config.reward != "head":
-        reward = reward_model(
-            spec, config.members, kind=config.reward, network=network, dtype=config.dtype
-        )
+    model, reward, value = _models(spec, config, network)
     source = reward if reward_fn is None else given_reward(reward_fn)
     uses_penalty = not (isinstance(config.penalty, float) and config.penalty == 0.0)
     mdp = model.mdp(config.propagation, uncertainty=uses_penalty)
     mdp = mdp if source is None else with_reward(mdp, source)
     mdp = penalized(mdp, config.penalty) if uses_penalty else mdp
-    mpc = planner(mdp, config.planner)
-    optimizer = optax.chain(
-        optim.clip_by_member_norm(config.clip_norm),
-        optax.adamw(config.learning_rate, weight_decay=config.weight_decay, mask=optim.decay_mask),
-    )
-    optimizer = optim.apply_if_finite_counted(optimizer)
+    optimizer = _optimizer(config)
     fit_config = FitConfig(
         config.batch_size, config.max_epochs, config.patience, bootstrap=config.bootstrap
     )
     ending_config = FitConfig(config.batch_size, config.termination_epochs, bootstrap=False)
+
+    def controller(after: ValueState | None = None) -> Planner:
+        def terminal(params: Any, imagined: Any) -> Array:
+            # The least of the members: a planner seeks what one of them overestimates.
+            assert value is not None and after is not None
+            return value.predict(after, mdp.observe(params, imagined)).min(0)
+
+        return planner(mdp, config.planner, value=None if after is None else terminal)
 
     def planning_params(state: PETSState, mode: Mode) -> Any:
         model = _cautious(state.model) if mode == "greedy" else state.model
@@ -175,13 +189,16 @@ def make_pets(
         state = model.init(key)
         ending = optimizer.init(state.termination.weights)
         learned = PETSState(state, optimizer.init(state.weights), ending)
-        if reward is None:
-            return learned
-        head = reward.init(jax.random.fold_in(key, 1))
-        return learned._replace(reward=head, reward_opt_state=optimizer.init(head.weights))
+        if reward is not None:
+            head = reward.init(jax.random.fold_in(key, 1))
+            learned = learned._replace(reward=head, reward_opt_state=optimizer.init(head.weights))
+        if value is not None:
+            after = value.init(jax.random.fold_in(key, 2))
+            learned = learned._replace(value=after, value_opt_state=optimizer.init(after.weights))
+        return learned
 
     def begin(num_envs: int) -> PETSCarry:
-        return PETSCarry(mpc.init(num_envs))
+        return PETSCarry(controller().init(num_envs))
 
     def act(
         state: PETSState, carry: PETSCarry, obs: Any, is_first: Array, key: Key, mode: Mode
@@ -193,7 +210,7 @@ def make_pets(
         init_key, plan_key = jax.random.split(key)
         params = planning_params(state, mode)
         start = mdp.init(params, init_key, obs)
-        action, warm, _ = mpc.plan(params, plan_key, start, carry.plan)
+        action, warm, _ = controller(state.value).plan(params, plan_key, start, carry.plan)
         return action, PETSCarry(warm), ()
 
     def update(state: PETSState, batch: Batch, key: Key) -> tuple[PETSState, Metrics, None]:
@@ -201,54 +218,118 @@ def make_pets(
         num_envs, rows = batch.valid.shape
         holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
         train, held = valid & ~holdout, valid & holdout
-        model_key, ending_key, reward_key = jax.random.split(key, 3)
-
-        def learn(
-            part: Any, params: Any, opt_state: Any, rows: Array, key: Key, config: FitConfig,
-            error: Any = None,
-        ) -> tuple[Any, Fit]:  # fmt: skip
-            fit = fit_members(
-                lambda weights, rows: part.loss(weights, params, rows),
-                error and (lambda weights, rows, mask: error(weights, params, rows, mask)),
-                optimizer, params.weights, opt_state, data, rows, held, key, config,
-            )  # fmt: skip
-            return params._replace(weights=fit.weights), fit
+        model_key, ending_key, reward_key, value_key = jax.random.split(key, 4)
+        fit = Fitter(optimizer, data, held)
 
         params = model.standardize(state.model, data, valid)
-        params, fit = learn(
+        params, fitted = fit(
             model, params, state.opt_state, train, model_key, fit_config, model.error
         )
         ending = model.termination.standardize(params.termination, data, valid)
-        ending, ending_fit = learn(
+        ending, ending_fit = fit(
             model.termination, ending, state.termination_opt_state,
             valid & ending.unexplained, ending_key, ending_config,
         )  # fmt: skip
-        elites = jnp.argsort(fit.error)[: config.elites]
+        elites = jnp.argsort(fitted.error)[: config.elites]
         params = params._replace(elites=elites, termination=ending)
         state = state._replace(
-            model=params, opt_state=fit.opt_state, termination_opt_state=ending_fit.opt_state
+            model=params, opt_state=fitted.opt_state, termination_opt_state=ending_fit.opt_state
         )
-        metrics = _metrics("model", fit) | _metrics("termination", ending_fit)
+        metrics = _metrics("model", fitted.opt_state, fitted.metrics)
+        metrics |= _metrics("termination", ending_fit.opt_state, ending_fit.metrics)
         if reward is not None:
             head = reward.standardize(cast(RewardState, state.reward), data, valid)
-            head, fit = learn(
+            head, fitted = fit(
                 reward, head, state.reward_opt_state, train, reward_key, fit_config, reward.error
             )
-            state = state._replace(reward=head, reward_opt_state=fit.opt_state)
-            metrics |= _metrics("reward", fit)
+            state = state._replace(reward=head, reward_opt_state=fitted.opt_state)
+            metrics |= _metrics("reward", fitted.opt_state, fitted.metrics)
+        if value is not None:
+            state, found = _iterate_value(
+                value, optimizer, state, batch, value_key, config.value_rounds
+            )
+            metrics |= found
         return state, metrics, None
 
     sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
     return Agent(init, begin, act, update, sampling)
 
 
+def _models(
+    spec: EnvSpec, config: PETSConfig, network: Callable[[int], Network] | None
+) -> tuple[ProbabilisticEnsemble, RewardModel | None, ValueModel | None]:
+    model = probabilistic_ensemble(
+        spec, config.members, config.hidden, config.targets, config.elites,
+        config.learn_bounds, config.nll_beta, network, config.dtype,
+    )  # fmt: skip
+    reward = value = None
+    if config.reward != "head":
+        reward = reward_model(
+            spec, config.members, kind=config.reward, network=network, dtype=config.dtype
+        )
+    if config.value_rounds:
+        value = value_model(spec, config.planner.discount, config.members, network=network)
+    return model, reward, value
+
+
+def _optimizer(config: PETSConfig) -> optax.GradientTransformation:
+    return optim.apply_if_finite_counted(
+        optax.chain(
+            optim.clip_by_member_norm(config.clip_norm),
+            optax.adamw(
+                config.learning_rate, weight_decay=config.weight_decay, mask=optim.decay_mask
+            ),
+        )
+    )
+
+
+class Fitter(NamedTuple):
+    """Fit the weights of one part of the agent to rows [M, ...]; `held` [M] are kept back."""
+
+    optimizer: optax.GradientTransformation
+    data: Any
+    held: Array
+
+    def __call__(
+        self, part: Any, params: Any, opt_state: Any, rows: Array, key: Key, config: FitConfig,
+        error: Any = None,
+    ) -> tuple[Any, Fit]:  # fmt: skip
+        """Return the parameters with fitted weights, and how the fit went."""
+        fit = fit_members(
+            lambda weights, rows: part.loss(weights, params, rows),
+            error and (lambda weights, rows, mask: error(weights, params, rows, mask)),
+            self.optimizer, params.weights, opt_state, self.data, rows, self.held, key, config,
+        )  # fmt: skip
+        return params._replace(weights=fit.weights), fit
+
+
+def _iterate_value(
+    value: ValueModel, optimizer: Any, state: PETSState, batch: Batch, key: Key, rounds: int
+) -> tuple[PETSState, Metrics]:
+    """Alternate between bootstrapped returns of the whole replay and a fit to them."""
+    rows = batch.valid.reshape(-1)
+
+    def iterate(carry: Any, key: Key) -> Any:
+        params, opt_state = carry
+        returns = value.returns(params, batch)
+        params = value.standardize(params, returns, rows)
+        fit = Fitter(optimizer, returns, jnp.zeros_like(rows))
+        params, fitted = fit(value, params, opt_state, rows, key, VALUE_FIT)
+        return (params, fitted.opt_state), fitted.metrics
+
+    start = cast(ValueState, state.value), state.value_opt_state
+    (params, opt_state), found = jax.lax.scan(iterate, start, jax.random.split(key, rounds))
+    metrics = _metrics("value", opt_state, jax.tree.map(lambda x: x[-1], found))
+    metrics["value/mean"] = params.units.mean
+    return state._replace(value=params, value_opt_state=opt_state), metrics
+
+
 def _cautious(model: EnsembleState) -> EnsembleState:
     return model._replace(termination=cautious(model.termination))
 
 
-def _metrics(part: str, fit: Fit) -> Metrics:
-    found = {name.replace("model", part, 1): value for name, value in fit.metrics.items()}
-    opt: Any = fit.opt_state
+def _metrics(part: str, opt: Any, metrics: Metrics) -> Metrics:
+    found = {name.replace("model", part, 1): value for name, value in metrics.items()}
     found[f"{part}/skipped_updates"] = opt.skipped.astype(jnp.float32)
     found[f"{part}/skipped_in_a_row"] = opt.consecutive.astype(jnp.float32)
     return found

@@ -69,11 +69,12 @@ def wrap_angle(x: Array) -> Array:
 
 
 def _targets(target: Target | Sequence[Target], size: int) -> list[Target]:
-    targets: list[Target] = [target] * size if isinstance(target, str) else list(target)
+    targets: list[Target] = [target] if isinstance(target, str) else list(target)
+    targets = targets * size if len(targets) == 1 else targets
     if len(targets) != size or not set(targets) <= {"delta", "absolute", "angle"}:
         raise ValueError(
-            f"targets: got {target!r}, expected one of delta, absolute, angle, or a sequence "
-            f"of {size} of them, one per dimension of the flattened observation"
+            f"targets: got {target!r}, expected delta, absolute or angle, once or once for "
+            f"each of the {size} dimensions of the flattened observation"
         )
     return targets
 

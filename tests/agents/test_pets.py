@@ -230,6 +230,39 @@ def test_only_greedy_plans_keep_to_what_was_visited_where_the_other_side_has_end
     assert not np.array_equal(act(one_sided, "greedy"), act(one_sided, "explore"))
 
 
+VALUED = dataclasses.replace(
+    TINY, value_rounds=2, planner=dataclasses.replace(TINY.planner, horizon=1, discount=0.9)
+)
+
+
+def test_a_value_is_learned_from_the_same_replay():
+    before, after, metrics = trained(make_pets(PUSH, VALUED), batch_of(PUSH))
+    assert metrics["value/skipped_updates"] == 0.0
+    assert distance(before.value.weights, after.value.weights) > 1e-3
+    worst = float(batch_of(PUSH).record.reward.min())
+    assert worst / (1 - 0.9) < metrics["value/mean"] < 0.0
+    other = trained(pushed()[0], batch_of(PUSH))[1]
+    assert distance(other.model, after.model) == 0.0, "the model does not depend on the value"
+
+
+def test_plans_end_where_the_least_of_the_learned_values_is_high():
+    agent = make_pets(PUSH, VALUED, network=raw)
+    state = trained(agent, batch_of(PUSH))[1]
+    act = jax.jit(functools.partial(agent.act, mode="greedy"))
+
+    def action(*slopes: float) -> float:
+        """Act with members whose value is slope * tanh(first coordinate)."""
+        slope = 1e4 * jnp.array(slopes)[:, None, None] * jnp.array([[1.0], [0.0]])
+        learned = state._replace(value=state.value._replace(weights={
+            "matrix": slope, "shift": jnp.zeros((2, 1)),
+        }))  # fmt: skip
+        obs, first = jnp.zeros((1, 2)), jnp.ones(1, bool)
+        return float(act(learned, agent.begin(1), obs, first, jax.random.key(3))[0][0, 0])
+
+    assert action(1.0, 1.0) > 1.0 > 0.0 > action(-1.0, -1.0)
+    assert -0.5 < action(1.0, -1.0) < action(1.0, 1.0)
+
+
 def test_dict_and_discrete_observations_with_discrete_actions():
     space = {"place": Discrete(4), "speed": spaces.box(-1.0, 1.0, (2,))}
     spec = EnvSpec("mixed", space, Discrete(3), 10)
@@ -238,7 +271,7 @@ def test_dict_and_discrete_observations_with_discrete_actions():
         "place": (time // 8 % 4).astype(np.int32),
         "speed": np.stack([np.sin(time / 5), np.cos(time / 5)], 1).astype(np.float32),
     }
-    agent = make_pets(spec, dataclasses.replace(TINY, targets="absolute"))
+    agent = make_pets(spec, dataclasses.replace(TINY, targets=("absolute",)))
     before, after, metrics = trained(agent, batch_of(spec, obs=obs))
     assert np.isfinite(metrics["model/loss"])
     assert distance(before.model.weights, after.model.weights) > 1e-4
@@ -311,6 +344,8 @@ def test_refuses_images():
         ({"train_every": 0}, "train_every"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"clip_norm": 0.0}, "clip_norm"),
+        ({"value_rounds": 4}, r"planner.discount must be below 1 .* got 1.0 with value_rounds=4"),
+        ({"targets": ("delta", "angle", "delta")}, "each of the 2 dimensions"),
     ],
 )
 def test_refuses_impossible_settings(change, message):

@@ -378,8 +378,8 @@ def test_select_members_mixes_rows():
     ("settings", "message"),
     [
         ({"num_elites": 6}, "num_elites: got 6, expected 1 to num_members = 5"),
-        ({"targets": ("delta",)}, "a sequence of 2 of them"),
-        ({"targets": "sideways"}, "expected one of delta, absolute, angle"),
+        ({"targets": ("delta",) * 3}, "each of the 2 dimensions"),
+        ({"targets": "sideways"}, "expected delta, absolute or angle"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
