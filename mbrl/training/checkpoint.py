@@ -2,9 +2,9 @@
 
 A save is a folder `step_000000123` with `arrays/` (an Orbax checkpoint) and
 `manifest.json`. Nothing in it is trusted before it is checked: every file is listed with
-its size and sha256, the manifest carries its own checksum, and what Orbax is told to
-allocate must be what the tree to restore needs. Arrays are stored uncompressed, so that
-every size is known beforehand.
+its size and sha256, the manifest carries its own checksum, and what the arrays are said to
+be must be what the tree to restore needs. Arrays are stored uncompressed, so that every
+size is known beforehand.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Arrays are stored uncompressed and in one piece, and small ones share an array. Hence the
 size of every file follows from the tree to restore, and nothing that a file claims about
-itself can make a reader allocate more.
+itself can make a reader allocate more. A file is the bytes of its array: a reader maps it,
+and a replay that is larger than the memory can be read as well.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ class DamagedError(Exception):
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(f"{file} {reason}")
+
+
+class _Uncopied(np.ndarray):
+    """An array that Orbax does not copy before it writes: `save` waits for the write."""
+
+    def __deepcopy__(self, memo: Any) -> _Uncopied:
+        return self
 
 
 class Stored(NamedTuple):
@@ -90,7 +98,7 @@ def write_arrays(folder: Path, layout: Layout, leaves: list[np.ndarray]) -> None
         if name == PACKED:
             packed[offset : offset + leaf.nbytes] = as_bytes(leaf)
         else:
-            stored[name] = leaf
+            stored[name] = leaf.view(_Uncopied)
     import orbax.checkpoint as ocp
 
     with _quiet_orbax(), ocp.Checkpointer(_handler()) as checkpointer:
@@ -99,26 +107,15 @@ def write_arrays(folder: Path, layout: Layout, leaves: list[np.ndarray]) -> None
 
 
 def read_arrays(folder: Path, layout: Layout, leaves: list[Leaf]) -> list[np.ndarray]:
-    """Read the leaves of a checked folder.
+    """Read the leaves of a folder whose files and metadata have been checked.
 
-    Raises:
-      DamagedError: when Orbax fails or returns another array than asked for.
+    Large leaves are private maps of their files: memory is taken for what is read, given
+    back where it is short, and written on without touching the save.
     """
-    import orbax.checkpoint as ocp
-
-    restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in layout.arrays}
-    try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
-            stored = checkpointer.restore(
-                folder / ARRAYS, args=ocp.args.PyTreeRestore(restore_args=restore_args)
-            )
-    except MemoryError:  # No fault of the save: an older one would not fit either.
-        raise
-    except Exception as error:
-        raise DamagedError(ARRAYS, f"cannot be read by Orbax ({error})") from error
-    for name, (shape, dtype) in layout.arrays.items():
-        if stored[name].shape != shape or stored[name].dtype != dtype:
-            raise DamagedError(f"{ARRAYS}/{name}", "has another shape or dtype than its leaf")
+    stored = {
+        name: np.asarray(np.memmap(folder / _chunk(name, kind), kind.dtype, "c", shape=kind.shape))
+        for name, kind in layout.arrays.items()
+    }
     found = []
     for leaf, (name, offset) in zip(leaves, layout.places, strict=True):
         if name == PACKED:
@@ -126,8 +123,13 @@ def read_arrays(folder: Path, layout: Layout, leaves: list[Leaf]) -> list[np.nda
             piece = stored[PACKED][offset : offset + want.nbytes].copy()
             found.append(piece.view(want.dtype).reshape(want.shape))
         else:
-            found.append(np.array(stored[name], copy=None, order="C"))
+            found.append(stored[name])
     return found
+
+
+def _chunk(name: str, stored: Stored) -> str:
+    """Return the file that holds all bytes of a stored array, relative to the save."""
+    return f"{ARRAYS}/{name}/{'.'.join('0' * len(stored.shape))}"
 
 
 def check_arrays(folder: Path, layout: Layout) -> None:
@@ -169,10 +171,7 @@ def check_files(folder: Path, files: Mapping[str, tuple[int, str]], layout: Layo
     Raises:
       DamagedError: naming the first file that is wrong.
     """
-    chunks = {
-        f"{ARRAYS}/{name}/{'.'.join('0' * len(stored.shape))}": stored.nbytes
-        for name, stored in layout.arrays.items()
-    }
+    chunks = {_chunk(name, stored): stored.nbytes for name, stored in layout.arrays.items()}
     for name, (size, _) in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +119,25 @@ def test_large_leaves_are_stored_as_arrays_of_their_own(dtype, tmp_path):
     assert found.tree["large"].dtype == large.dtype
     assert found.tree["large"].tobytes() == large.tobytes()
     assert found.tree["more"] == 2.0
+
+
+def test_large_leaves_are_written_and_read_without_a_copy(tmp_path):
+    size = 2**25
+    tree = {"large": np.full(size, 3, np.uint8), "small": np.arange(3)}
+    save(tmp_path, 0, {"small": np.arange(3)}, {})  # what is imported for the first save
+    tracemalloc.start()
+    try:
+        save(tmp_path, 1, tree, {})
+        found = restore(tmp_path, tree)
+        assert tracemalloc.get_traced_memory()[1] < size / 2
+    finally:
+        tracemalloc.stop()
+    assert found is not None
+    assert_identical(found.tree, tree)
+    found.tree["large"][:] = 4  # belongs to the reader alone
+    again = restore(tmp_path, tree)
+    assert again is not None
+    assert_identical(again.tree, tree)
 
 
 def test_an_empty_tree_and_a_single_array_are_trees(tmp_path):
