@@ -318,6 +318,8 @@ def _epoch(case: Mapping[str, Any]) -> Iterable[Line]:
     setting = f"{case['members']} x {'-'.join(map(str, case['hidden']))}"
     yield task, setting, "CPU seconds", case["median_cpu_seconds"], "<= 0.5"
     yield task, setting, "seconds", case["median_seconds"], None
+    guard = "share of an epoch that the check of gradients takes"
+    yield task, setting, guard, case["share_of_guard"], "<= 0.01"
 
 
 def _seeds(cases: Mapping[str, Any]) -> Iterable[Line]:

@@ -75,6 +75,7 @@ def test_rates_follow_from_work_and_time(result: dict[str, Any]) -> None:
         )
     assert result["epoch"]["held_out"] * 10 == result["epoch"]["transitions"] == 200
     assert result["epoch"]["median_cpu_seconds"] > 0
+    assert result["epoch"]["share_of_guard"] > -1.0
 
 
 def test_the_result_lines_are_made_of_what_is_measured(result: dict[str, Any]) -> None:

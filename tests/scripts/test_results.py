@@ -145,7 +145,7 @@ def measured(**changes: Any) -> dict[str, Any]:
                    "fewer_evaluations_than_pets": 41.7},
         "batch": [{"batch": 1, "ratio": 1.01}, {"batch": 8, "ratio": 0.8}],
         "epoch": {"transitions": 10_000, "members": 5, "hidden": [200, 200],
-                  "median_cpu_seconds": 0.4, "median_seconds": 0.2},
+                  "median_cpu_seconds": 0.4, "median_seconds": 0.2, "share_of_guard": 0.004},
         "seeds": {name: {"seeds": 5, "ratio": 3.5} for name in ("tiny", "default")},
         **changes,
     }  # fmt: skip
@@ -161,13 +161,15 @@ def test_speed_is_judged_by_its_targets(tmp_path: Path) -> None:
         for row in rows
     }
     small = "500 plans, horizon 15, "
-    assert len(verdicts) == len(rows) == 17
+    assert len(verdicts) == len(rows) == 18
     assert verdicts["share of the f32 GEMM rate", small + "float32"] is False
     assert verdicts["times faster than f32", small + "bfloat16"] is True
     assert verdicts["seconds", "24,000 model evaluations"] is True
     assert verdicts["time relative to B calls", "B = 1"] is None
     assert verdicts["time relative to B calls", "B = 8"] is True
     assert verdicts["CPU seconds", "5 x 200-200"] is True
+    guard = "share of an epoch that the check of gradients takes"
+    assert verdicts[guard, "5 x 200-200"] is True
     assert verdicts["time relative to one seed", "tiny settings"] is False
     assert verdicts["time relative to one seed", "default settings"] is None
     assert {row["hardware"] for row in rows} == {"A processor, 2 cores"}
