@@ -27,11 +27,15 @@ class ValueState(NamedTuple):
       weights: trainable, leading [N] on every leaf.
       inputs: moments of the flattened observation.
       units: moments [] of the returns that it was fitted to.
+      low: [] least of these returns; nothing beyond is ever predicted.
+      high: [] greatest of them.
     """
 
     weights: Params
     inputs: Moments
     units: Moments
+    low: Array
+    high: Array
 
 
 class Returns(NamedTuple):
@@ -113,7 +117,9 @@ def value_model(
 
     def init(key: Key) -> ValueState:
         weights = net.init(key, jnp.zeros((num_members, 1, size)))
-        return ValueState(weights, normalization.empty((size,)), normalization.empty())
+        zero = jnp.zeros(())
+        moments = normalization.empty((size,)), normalization.empty()
+        return ValueState(weights, *moments, zero, zero)
 
     def forward(weights: Params, inputs: Moments, flat: Array) -> Array:
         """Map flat observations [N, R, D] to standardized values [N, R]."""
@@ -123,7 +129,7 @@ def value_model(
         flat = spaces.flatten(spec.observation, obs)
         everyone = jnp.broadcast_to(flat, (num_members, *flat.shape))
         out = forward(state.weights, state.inputs, everyone)
-        return normalization.denormalize(state.units, out)
+        return jnp.clip(normalization.denormalize(state.units, out), state.low, state.high)
 
     def returns(state: ValueState, batch: Batch) -> Returns:
         obs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.record.obs)
@@ -134,7 +140,11 @@ def value_model(
     def standardize(state: ValueState, data: Returns, mask: Array) -> ValueState:
         inputs = normalization.fit(data.obs, mask)
         units = normalization.fit(data.target, mask, feature_ndim=0)
-        return state._replace(inputs=inputs, units=units)
+        low = jnp.min(data.target, initial=jnp.inf, where=mask)
+        high = jnp.max(data.target, initial=-jnp.inf, where=mask)
+        known = mask.any()
+        low, high = (jnp.where(known, bound, 0.0) for bound in (low, high))
+        return state._replace(inputs=inputs, units=units, low=low, high=high)
 
     def loss(weights: Params, state: ValueState, data: Returns) -> tuple[Array, Metrics]:
         target = normalization.normalize(state.units, data.target)

@@ -253,9 +253,10 @@ def test_plans_end_where_the_least_of_the_learned_values_is_high():
     def action(*slopes: float) -> float:
         """Act with members whose value is slope * tanh(first coordinate)."""
         slope = 1e4 * jnp.array(slopes)[:, None, None] * jnp.array([[1.0], [0.0]])
-        learned = state._replace(value=state.value._replace(weights={
-            "matrix": slope, "shift": jnp.zeros((2, 1)),
-        }))  # fmt: skip
+        learned = state._replace(value=state.value._replace(
+            weights={"matrix": slope, "shift": jnp.zeros((2, 1))},
+            low=jnp.full((), -1e6), high=jnp.full((), 1e6),
+        ))  # fmt: skip
         obs, first = jnp.zeros((1, 2)), jnp.ones(1, bool)
         return float(act(learned, agent.begin(1), obs, first, jax.random.key(3))[0][0, 0])
 

@@ -20,6 +20,7 @@ from mbrl.training import checkpoint
 from mbrl.training.device import run_device, start_state
 from mbrl.training.host import run_host
 from mbrl.training.learner import DriverConfig, Learner, Report, schedule, start_learners
+from tests.agents.tiny import TINY, tiny_dreamer
 from tests.mbrl.toys import StreamEnv, counter_mdp, linear_agent
 
 PETS = PETSConfig(
@@ -169,7 +170,7 @@ def compiled(caplog: Any) -> list[str]:
     return [match[1] for match in found if match]
 
 
-def test_one_run_compiles_three_programs_and_none_later(caplog):
+def test_one_run_compiles_its_programs_once_and_none_later(caplog):
     mdp = counter_mdp()
     config = DriverConfig(105, seeds=(0,), interval=20)
     factory = linear(mdp)
@@ -195,14 +196,77 @@ def test_one_run_compiles_three_programs_and_none_later(caplog):
             assert compiled(caplog) == [], name
             last(reports)  # on the device, the part of a cycle that is left is a third one
             late = compiled(caplog)
+        # Acting at random and not, and learning; on the host replay has three of its own.
         assert len(late) <= 1, name
-        assert len(early) + len(late) == 3, name
+        assert len(early) + len(late) == {"device": 3, "host": 6}[name], name
 
 
 def started(mdp: Any, config: DriverConfig) -> Any:
     env = StreamEnv(mdp, config.num_envs)
     env.reset(0)
     return env.state()
+
+
+def place(name: str, folder: Any) -> Any:
+    return folder / "replay" if name == "disk" else name
+
+
+def tiny(mdp: Any) -> Any:
+    agent = tiny_dreamer(mdp.spec, dataclasses.replace(TINY, capacity=60, train_ratio=0.1))
+    return lambda hyper: agent
+
+
+@pytest.mark.parametrize(
+    ("make", "seeds"), [(linear, (3,)), (linear, (3, 8)), (pets, (3, 8)), (tiny, (3,))]
+)
+def test_replay_on_the_host_gives_the_same_learner_bit_for_bit(make, seeds, tmp_path):
+    mdp = pendulum()
+    config = DriverConfig(130, num_envs=2, seeds=seeds, interval=40)
+
+    def run(name: str) -> Any:
+        envs = host_of(mdp, config)
+        return last(run_host(make(mdp), envs, config, where=place(name, tmp_path))).snapshot()
+
+    device = run("device")
+    learner = device["learner"]
+    # More records than the ring holds, all of the agent's own kind of batch.
+    assert np.all(np.asarray(learner.ring.size) == learner.ring.record.reward.shape[2])
+    assert learner.ring.record.reward.shape[2] < 65
+    for name in ("host", "disk"):
+        other = run(name)
+        assert isinstance(other["learner"].ring.record.reward, np.ndarray)
+        assert_same(other["learner"], learner)
+        assert checkpoint.digest(other) == checkpoint.digest(device)
+    stored = sum(path.stat().st_size for path in (tmp_path / "replay").iterdir())
+    assert stored > sum(leaf.nbytes for leaf in jax.tree.leaves(learner.ring.record))
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "then"),
+    [
+        (linear, "host", "host"),
+        (linear, "disk", "disk"),
+        (linear, "device", "disk"),
+        (linear, "host", "device"),
+        (pets, "disk", "host"),
+    ],
+)
+def test_a_cut_run_goes_on_bit_for_bit_wherever_its_replay_is_kept(kind, first, then, tmp_path):
+    mdp = pendulum()
+    config = DriverConfig(91, num_envs=2, seeds=(4, 9), interval=20)
+
+    def run(steps: int, name: str, snapshot: Any = None) -> Any:
+        there = dataclasses.replace(config, steps=steps)
+        where = place(name, tmp_path)
+        return run_host(kind(mdp), host_of(mdp, config), there, snapshot=snapshot, where=where)
+
+    whole = checkpoint.digest(last(run(150, "device")).snapshot())
+    half = saved(last(run(90, first)).snapshot(), tmp_path / "saves")
+    ring = half["learner"].ring
+    before = checkpoint.digest(ring)
+    assert checkpoint.digest(last(run(150, then, half)).snapshot()) == whole
+    if "device" not in (first, then):  # what a run goes on from is not its working storage
+        assert checkpoint.digest(ring) == before
 
 
 def resumable(kind: str, config: DriverConfig) -> Any:

@@ -131,6 +131,25 @@ def test_a_value_that_was_never_fitted_is_zero():
     np.testing.assert_array_equal(model.predict(model.init(jax.random.key(0)), jnp.ones((3, 1))), 0)
 
 
+def test_nothing_is_predicted_beyond_the_returns_that_were_seen():
+    model, state = fitted(stream([(float(x), float(x), "") for x in range(-5, 6)], 12), rounds=20)
+    far = model.predict(state, jnp.array([[-1e4], [1e4]]))
+    assert float(state.low) < float(state.high)
+    assert float(far.min()) >= float(state.low)
+    assert float(far.max()) <= float(state.high)
+    loose = state._replace(low=state.low - 1e9, high=state.high + 1e9)
+    assert float(jnp.ptp(model.predict(loose, jnp.array([[-1e4], [1e4]])))) > 1e3, (
+        "saturates anyway"
+    )
+
+
+def test_without_a_single_row_it_predicts_zero():
+    model = value_model(SPEC, GAMMA)
+    nothing = Returns(jnp.ones((4, 1)), jnp.full(4, jnp.nan))
+    state = model.standardize(model.init(jax.random.key(0)), nothing, jnp.zeros(4, bool))
+    np.testing.assert_array_equal(model.predict(state, jnp.ones((3, 1))), 0)
+
+
 def test_the_loss_has_no_units():
     model = value_model(SPEC, GAMMA, num_members=2)
     state = model.init(jax.random.key(0))
