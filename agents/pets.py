@@ -90,7 +90,7 @@ class PETSConfig:
     """Records kept in replay."""
     value_rounds: int = 0
     """Rounds of fitted value iteration per update, for plans that end in a learned value,
-    discounted by `planner.discount`; 0 = plans end in nothing (P). 4 for survival (M)."""
+    discounted by `planner.discount`; 0 = plans end in nothing (P). 8 for survival (M)."""
     penalty: float = 0.0
     """Reward subtracted per standard deviation of model disagreement; < 0 is optimism."""
     dtype: str = "float32"

@@ -11,11 +11,15 @@ from typing import Any
 
 from agents import AGENTS
 
-_LONG = {"horizon": 75, "noise_beta": 0.5}
-"""Survival tasks: a plan must reach beyond the last moment at which a fall can be avoided."""
+_SURVIVAL = {"horizon": 40, "noise_beta": 0.5, "discount": 0.99}
+"""Plans that survive are worth the same: what tells them apart is the value of where they end."""
 
-_UNSTABLE = {"horizon": 30, "iterations": 3, "particles": 1, "noise_beta": 0.5, "init_std": 0.2}
-"""Half a second of large random forces drops the pole: search close to the last plan."""
+_UNSTABLE = {
+    "horizon": 15, "iterations": 3, "particles": 1, "noise_beta": 0.5, "init_std": 0.2,
+    "discount": 0.99,
+}  # fmt: skip
+"""Half a second of large random forces drops the pole: search close to the last plan, and no
+further than a plan can be kept up. What follows is the business of a learned value."""
 
 _PRECISE = {"init_std": 0.12}
 """Torques cost, and a tip near its target needs small ones: less is left to average away."""
@@ -26,12 +30,12 @@ _SMALL = {
 }  # fmt: skip
 """Dreamer on tasks of thousands of steps: the published step size has not warmed up there."""
 
-_SPARSE = _SMALL | {"entropy": 0.01}
+_SPARSE = _SMALL | {"entropy": 0.01, "train_ratio": 1.0}
 """One reward per episode: with the published bonus the actor settles before it is predicted."""
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("pets", "CartPole-v1"): {"planner": _LONG},
-    ("pets", "device/CartPole"): {"planner": _LONG},
+    ("pets", "CartPole-v1"): {"planner": _SURVIVAL, "value_rounds": 8},
+    ("pets", "device/CartPole"): {"planner": _SURVIVAL, "value_rounds": 8},
     ("pets", "Reacher-v5"): {"train_every": 250, "batch_size": 256, "planner": _PRECISE},
     ("dreamer", "CartPole-v1"): _SMALL,
     ("dreamer", "device/CartPole"): _SMALL,
@@ -44,13 +48,11 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("dreamer", "device/PixelCatch"): _SPARSE,
     ("dreamer", "device/PixelGridWorld"): _SPARSE,
     ("dreamer", "device/MemoryChain"): _SPARSE,
-    # The cart hits the ends of its rail, and the model takes that for noise: the penalty keeps
-    # plans away. It is in standard deviations of the reward, which is 1 at nearly every step.
     ("pets", "InvertedPendulum-v5"): {
         "planner": _UNSTABLE,
         "propagation": "mean",
-        "penalty": 60.0,
         "nll_beta": 0.25,
+        "value_rounds": 8,
     },
 }
 

@@ -94,13 +94,17 @@ def value_model(
     num_members: int = 5,
     hidden: Sequence[int] = (64, 64),
     network: Callable[[int], Network] | None = None,
-    lambda_: Array | float = 0.9,
+    lambda_: Array | float = 0.3,
 ) -> ValueModel:
     """Build an ensemble that is fitted to lambda-returns of replay, bootstrapped from itself.
 
     Alternate `returns`, `standardize` and a fit (fitted value iteration). What is learned is the
     value of whatever acted. Whoever plans with it acts better and is evaluated next: policy
     iteration whose improvement step is the planner. All members have the same targets.
+
+    Replay holds the failures of every controller that was tried. Long returns blame the states
+    where those began; with a small `lambda_` blame comes from the next states alone, which
+    hardly depend on who acted, and many rounds carry it as far as it deserves.
 
     Reference: Lowrey et al. 2018 (arXiv:1811.01848).
 
