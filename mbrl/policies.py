@@ -66,6 +66,17 @@ class Policy:
             [p.mode() if isinstance(p, Normal) else _hot(p, p.mode()) for p in self._parts], -1
         )
 
+    def gaussian(self) -> Array:
+        """Return mean and log-deviation [..., 2 A] of a policy over one Box.
+
+        Raises:
+          ValueError: for another space.
+        """
+        (law,) = self._parts if len(self._parts) == 1 else (None,)
+        if not isinstance(law, Normal):
+            raise ValueError("policy: got a space other than one Box, expected a Box")
+        return jnp.concatenate([law.mean, jnp.log(law.std)], -1)
+
     def log_prob(self, action: Array) -> Array:
         """Return the log-density [...] of encoded actions [..., A]."""
         total, start = jnp.zeros(action.shape[:-1]), 0
