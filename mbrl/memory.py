@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -32,14 +33,24 @@ def device_memory() -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
-def check_memory(num_bytes: int, what: str, available: int | None = None) -> str:
+def disk_space(folder: Path) -> int:
+    """Return the free bytes of the disk that `folder` is on, or will be."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+
+def check_memory(
+    num_bytes: int, what: str, available: int | None = None, where: str = "memory"
+) -> str:
     """Refuse an allocation that cannot fit, before it is tried.
 
     Args:
       num_bytes: bytes to allocate, from `nbytes`.
       what: name of the thing for the message.
       available: bytes that are free; None = of the default device when it is an
-        accelerator, else of the host. Pass `host_memory()` for a `HostRing`.
+        accelerator, else of the host. Pass `host_memory()` for a `HostRing`, or
+        `disk_space(folder)` when it is mapped from files.
+      where: what `available` is a size of, for the message.
 
     Returns:
       The size for people, for example '1.5 GiB'.
@@ -53,13 +64,14 @@ def check_memory(num_bytes: int, what: str, available: int | None = None) -> str
         available = host_memory()
     if num_bytes > available:
         raise ValueError(
-            f"{what} needs {_readable(num_bytes)}, but only {_readable(available)} of memory are "
-            "available; lower --capacity, --num-envs or --num-seeds, or take a smaller network"
+            f"{what} needs {readable(num_bytes)}, but only {readable(available)} of {where} "
+            "are available; lower --capacity, --num-envs or --num-seeds, or take a smaller network"
         )
-    return _readable(num_bytes)
+    return readable(num_bytes)
 
 
-def _readable(num_bytes: float) -> str:
+def readable(num_bytes: float) -> str:
+    """Return a size for people, for example '1.5 GiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"

@@ -17,6 +17,7 @@ import numpy as np
 from mbrl import ring_index
 from mbrl.memory import check_memory as check_memory
 from mbrl.memory import device_memory as device_memory
+from mbrl.memory import disk_space as disk_space
 from mbrl.memory import host_memory as host_memory
 from mbrl.types import Array, Batch, Key, Record, SampleSpec, Transition
 
@@ -262,19 +263,21 @@ class HostRing:
 
         Raises:
           ValueError: when fewer than two rows remain per environment.
+          OSError: when the disk has no room for the files.
         """
         rows = ring_index.num_rows(num_envs, capacity)
-        specs, tree = jax.tree.flatten(ring_index.specs(example))
-        self._shape = (num_envs, rows)
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-        leaves = [
-            ring_index.allocate((*self._shape, *x.shape), x.dtype, directory, number)
-            for number, x in enumerate(specs)
-        ]
-        self._record: Record = jax.tree.unflatten(tree, leaves)
-        self._head = 0
-        self._size = 0
+        self._hold(ring_index.allocate(example, (num_envs, rows), directory))
+
+    @classmethod
+    def over(cls, record: Record) -> HostRing:
+        """Make an empty ring whose storage is `record`: numpy arrays [E, C, ...], written on."""
+        ring = cls.__new__(cls)
+        ring._hold(record)
+        return ring
+
+    def _hold(self, record: Record) -> None:
+        self._record, self._shape = record, (record.reward.shape[0], record.reward.shape[1])
+        self._head = self._size = 0
 
     @property
     def size(self) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -40,14 +41,30 @@ def specs(example: Record) -> Record:
     return jax.tree.map(spec, example)
 
 
-def allocate(shape: tuple[int, ...], dtype: Any, directory: Path | None, number: int) -> Any:
-    """Return zeros in memory, or memory-mapped from a file of `directory`."""
-    if directory is None:
-        return np.zeros(shape, dtype)
+def allocate(example: Record, lead: tuple[int, ...], directory: Path | None) -> Record:
+    """Return a record of zeros [*lead, ...], in memory or mapped from files of `directory`."""
+    leaves, tree = jax.tree.flatten(specs(example))
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+    found = [
+        np.zeros((*lead, *leaf.shape), leaf.dtype)
+        if directory is None
+        else _mapped(directory / f"leaf_{number:03d}.npy", (*lead, *leaf.shape), leaf.dtype)
+        for number, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, found)
+
+
+def _mapped(file: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return zeros that are mapped from a new .npy file, whose space on the disk is taken."""
+    file.unlink(missing_ok=True)  # whoever has mapped an older one keeps what it holds
     # .npy has no name for the small floats of ml_dtypes: keep their bytes and view them.
-    name = directory / f"leaf_{number:03d}.npy"
-    size = np.dtype(f"V{np.dtype(dtype).itemsize}")
-    return np.lib.format.open_memmap(name, "w+", size, shape).view(dtype)
+    array = np.lib.format.open_memmap(file, "w+", np.dtype(f"V{np.dtype(dtype).itemsize}"), shape)
+    # Without it the file has holes, and a disk that is full kills whoever writes into one.
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return np.asarray(array).view(dtype)
 
 
 def check_record(stored: Record, record: Record) -> None:

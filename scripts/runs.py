@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import envs
 from agents import AGENTS
 from envs.host import HostEnv
 from mbrl import replay, spaces
+from mbrl.memory import readable
 from mbrl.training import checkpoint, run_directory
 from mbrl.training.device import run_device, start_state
 from mbrl.training.evaluation import evaluate_device, evaluate_host
@@ -27,15 +30,20 @@ from mbrl.training.learner import (
     Learner,
     Report,
     example_record,
+    per_call,
+    sample_key,
     schedule,
     seed_keys,
     start_learners,
 )
 from mbrl.training.offline import run_offline
 from mbrl.training.recorded import read_records
+from mbrl.training.storage import Where
 from mbrl.types import MDP, Agent, EnvSpec, Record
 
 CHECKPOINTS = "checkpoints"
+REPLAY = "replay"
+"""Folder of the files that `--replay disk` works on, below that of the run."""
 EVALUATION_SEED = 1_000_003
 """Offset between the seeds of training and of the evaluation that ends it."""
 
@@ -53,6 +61,7 @@ class Run(NamedTuple):
       spec: spaces of the environment.
       options: further arguments of `envs.make`.
       data: file of recorded data to train on instead of the environment, or ''.
+      replay: where it is kept while training: 'device', 'host' or 'disk'.
     """
 
     agent_name: str
@@ -64,6 +73,7 @@ class Run(NamedTuple):
     spec: EnvSpec
     options: Mapping[str, Any]
     data: str
+    replay: str = "device"
 
     def factory(self, hyper: Hyper) -> Agent:
         """Build the agent, with float settings replaced by traced ones."""
@@ -82,9 +92,9 @@ class Run(NamedTuple):
 
 def build(
     agent_name: str, config: Any, env_id: str, driver: DriverConfig, on_bad: Any = "raise",
-    options: Mapping[str, Any] | None = None, data: str = "",
+    options: Mapping[str, Any] | None = None, data: str = "", replay: str = "device",
 ) -> Run:  # fmt: skip
-    """Check that everything fits together, and how much memory replay takes.
+    """Check that everything fits together, and how much memory replay takes on the device.
 
     Raises:
       ValueError: for an unknown environment, settings or spaces that do not fit, or a
@@ -93,12 +103,20 @@ def build(
     options = options or {}
     env = envs.make(env_id, driver.num_envs, on_bad, **options)
     on_device = env if isinstance(env, MDP) else None
-    run = Run(agent_name, config, env_id, driver, on_bad, on_device, env.spec, options, data)
     if isinstance(env, HostEnv):
         env.close()
+    if replay != "device" and (on_device or data):
+        raise ValueError(
+            f"--replay: got {replay!r} with {'--data' if data else f'--env {env_id}'}, expected "
+            "'device', because learning there is one compiled program that replay is a part of; "
+            "leave --replay out, or train in a Gymnasium environment"
+        )
+    run = Run(
+        agent_name, config, env_id, driver, on_bad, on_device, env.spec, options, data, replay
+    )
     agent = run.factory({})
     schedule(agent, driver)
-    if not data:
+    if not data and replay == "device":
         _check_replay(run, driver.num_envs, agent.sampling.capacity)
     return run
 
@@ -109,20 +127,57 @@ def _check_replay(run: Run, num_envs: int, capacity: int) -> None:
     replay.check_memory(size, "replay")
 
 
-def describe_memory(run: Run) -> str:
+def describe_memory(run: Run, out: Path) -> str:
     """Say how much memory replay and the agent will take, without taking it (F15).
+
+    Args:
+      run: see `build`.
+      out: its folder, for the disk that it is on.
 
     Raises:
       ValueError: when they do not fit together.
     """
     learner = jax.eval_shape(lambda: start_learners(run.factory, run.spec, run.driver, {}))
-    sizes = [
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
-        for part in (learner.ring, learner.agent)
-    ]
-    replay.check_memory(sum(sizes), "replay and agent together")
-    ring, agent = (replay.check_memory(size, "learner") for size in sizes)
-    return f"memory: replay {ring}, agent with optimizer {agent}"
+    ring, agent = _size(learner.ring), _size(learner.agent)
+    check = replay.check_memory
+    if run.replay == "device":
+        check(ring + agent, "replay and agent together")
+        return f"memory: replay {readable(ring)}, agent with optimizer {readable(agent)}"
+    batch = _size(jax.eval_shape(partial(_batches, run), learner))
+    # A save passes through memory, wherever replay is kept.
+    on_host = ring * (2 if run.replay == "host" else 1) + batch
+    if replay.device_memory() is None:
+        on_host += agent + batch
+    else:
+        check(agent + batch, "agent and batch together")
+    check(on_host, "replay, a save of it, batch and agent together", replay.host_memory())
+    place = "in host memory"
+    if run.replay == "disk":
+        place = f"in files of {out / REPLAY}"
+        check(ring, "replay", _disk_space(out / REPLAY), f"the disk of {out}")
+    again = "as much again" if run.replay == "host" else "as much memory"
+    return (
+        f"memory: replay {readable(ring)} {place}, {again} while it is saved, batch "
+        f"{readable(batch)}, agent with optimizer {readable(agent)}"
+    )
+
+
+def _batches(run: Run, learner: Learner) -> Any:
+    spec = per_call(run.factory({}).sampling, run.driver.num_envs)
+    return jax.vmap(lambda one: replay.sample(one.ring, sample_key(one), spec))(learner)
+
+
+def _disk_space(folder: Path) -> int:
+    """Return the free bytes, with those of files that a killed run has left there."""
+    return replay.disk_space(folder) + sum(x.stat().st_size for x in _working_files(folder))
+
+
+def _working_files(folder: Path) -> list[Path]:
+    return list(folder.glob("leaf_*.npy"))
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def read_data(run: Run) -> Record | None:
@@ -139,7 +194,25 @@ def read_data(run: Run) -> Record | None:
     return record
 
 
-def train(run: Run, snapshot: Any, should_stop: Any, data: Record | None) -> Iterator[Report]:
+@contextlib.contextmanager
+def working_storage(run: Run, out: Path) -> Iterator[Where]:
+    """Say where `train` keeps replay; its files are gone afterwards, as saves hold all of it."""
+    if run.replay != "disk":
+        yield "host" if run.replay == "host" else "device"
+        return
+    folder = out / REPLAY
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            for file in _working_files(folder):
+                file.unlink()
+            folder.rmdir()
+
+
+def train(
+    run: Run, snapshot: Any, should_stop: Any, data: Record | None, where: Where = "device"
+) -> Iterator[Report]:
     """Run the driver that fits the environment, or the one that needs none."""
     options = {"snapshot": snapshot, "should_stop": should_stop}
     if data is not None:
@@ -147,7 +220,7 @@ def train(run: Run, snapshot: Any, should_stop: Any, data: Record | None) -> Ite
     if run.env is not None:
         return run_device(run.factory, run.env, run.driver, **options)
     host_envs: list[Any] = run.host_envs()
-    return run_host(run.factory, host_envs, run.driver, **options)
+    return run_host(run.factory, host_envs, run.driver, where=where, **options)
 
 
 def evaluate(
@@ -191,6 +264,8 @@ def snapshot_like(run: Run, manifest: Mapping[str, Any]) -> Any:
         return start_learners(run.factory, run.spec, run.driver, {}, streams_and_rows)
 
     learner = jax.eval_shape(shapes)
+    if run.replay != "device":
+        learner = learner._replace(ring=jax.tree.map(_numpy_like, learner.ring))
     step = np.zeros((), np.int64)
     if run.data:
         return {"learner": learner, "step": step}
@@ -206,6 +281,11 @@ def snapshot_like(run: Run, manifest: Mapping[str, Any]) -> Any:
                                     state["actions"].dtype)  # fmt: skip
         env.close()
     return {"learner": learner, "step": step, "envs": states}
+
+
+def _numpy_like(leaf: Any) -> np.ndarray:
+    """Stand for an array that `restore` leaves on the host, without its memory."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def manifest_of(snapshot: Any) -> dict[str, Any]:
@@ -278,7 +358,7 @@ def load(directory: Path, env_id: str | None = None) -> Run:
         saved["steps"], saved["num_envs"], tuple(saved["seeds"]), saved["log_every"]
     )
     rest = (driver, saved["on_bad"], saved.get("env_options", {}), saved.get("data", ""))
-    run = build(name, config, saved["env"], *rest)
+    run = build(name, config, saved["env"], *rest, saved.get("replay", "device"))
     if env_id is None or env_id == run.env_id:
         return run
     other = build(name, config, env_id, *rest)

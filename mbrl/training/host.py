@@ -15,14 +15,18 @@ from mbrl.training.learner import (
     Hyper,
     Learner,
     Report,
+    example_record,
     fetch,
-    learner_step,
-    learner_update,
+    learner_act,
+    learner_learn,
     over_seeds,
+    per_call,
+    sample_key,
     schedule,
     start_learners,
 )
-from mbrl.types import EnvSpec, Metrics, Mode, TimeStep
+from mbrl.training.storage import Storage, Where, make_storage
+from mbrl.types import Agent, Batch, EnvSpec, Metrics, Mode, TimeStep
 
 
 class HostEnvironment(Protocol):
@@ -44,11 +48,14 @@ def run_host(
     hyper: Hyper | None = None,
     snapshot: Any = None,
     should_stop: Callable[[], bool] = lambda: False,
+    where: Where = "device",
 ) -> Iterator[Report]:
     """Train on environments that live on the host, one `HostEnvironment` per seed.
 
-    Per vector step there is one transfer in, one compiled act-and-store, one transfer
-    out; an update is dispatched before the simulators step and overlaps with them.
+    Per vector step there is one transfer in, one compiled call that acts, one transfer
+    out; an update is dispatched before the simulators step and overlaps with them. Replay
+    stays outside of the programs that act and learn, so that these, and what they compute,
+    are the same wherever it is kept.
 
     Args:
       factory: builds the agent, possibly from traced hyper-parameters.
@@ -57,6 +64,8 @@ def run_host(
       hyper: float hyper-parameters [S], one value per seed.
       snapshot: what `Report.snapshot()` of an earlier run returned: go on from there.
       should_stop: asked at every vector step.
+      where: replay is kept: 'device', 'host' (ordinary memory), or a folder for
+        memory-mapped files. A snapshot of any of them goes on with any other.
 
     Yields:
       A `Report` per interval, the last one at `config.steps` or where it was stopped. Its
@@ -64,17 +73,19 @@ def run_host(
 
     Raises:
       ValueError: when the environments do not fit the configuration.
+      OSError: when the disk has no room for the files.
     """
     hyper = hyper or {}
     num_seeds = len(config.seeds)
     _check_envs(envs, config)
-    plan = schedule(factory({k: v[0] for k, v in hyper.items()}), config)
+    agent = factory({k: v[0] for k, v in hyper.items()})
+    plan = schedule(agent, config)
 
     def act(learner: Learner, now: TimeStep, hyper: Hyper, mode: Mode) -> Any:
-        return learner_step(factory(hyper), learner, now, mode)
+        return learner_act(factory(hyper), learner, now, mode)
 
-    def learn(learner: Learner, hyper: Hyper) -> Any:
-        return learner_update(factory(hyper), learner)
+    def learn(learner: Learner, batch: Batch, hyper: Hyper) -> Any:
+        return learner_learn(factory(hyper), learner, batch)
 
     def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(over_seeds(fn, num_seeds), donate_argnums=0)
@@ -84,12 +95,13 @@ def run_host(
 
     run_act = {"random": actor("random"), "explore": actor("explore")}
     run_learn = compiled(learn)
+    next_keys = jax.jit(jax.vmap(sample_key))
+    rings = _storage(where, agent, envs[0].spec, config, snapshot)
     if snapshot is None:
-        learner = start_learners(factory, envs[0].spec, config, hyper)
+        learner, step = _start(factory, envs[0].spec, config, hyper), 0
         now = stack([env.reset(seed) for env, seed in zip(envs, config.seeds, strict=True)])
-        step = 0
     else:
-        learner, step = snapshot["learner"], int(snapshot["step"])
+        learner, step = snapshot["learner"]._replace(ring=()), int(snapshot["step"])
         now = stack([env.restore(s) for env, s in zip(envs, snapshot["envs"], strict=True)])
 
     logged: list[Metrics] = []
@@ -97,25 +109,50 @@ def run_host(
     stop = should_stop()
     while step < plan.total and not stop:
         mode: Mode = "random" if step < plan.warmup else "explore"
-        learner, action, episodes = run_act[mode](learner, now, hyper)
-        action = np.asarray(action)
+        learner, record, episodes = run_act[mode](learner, now, hyper)
+        rings.add(record)
+        action = np.asarray(record.action)
         if now.is_last.any():
             finished.append(fetch(episodes))
         step += 1
         if plan.updates_after(step):
-            learner, metrics = run_learn(learner, hyper)
+            batch = rings.sample(next_keys(learner))
+            learner, metrics, feedback = run_learn(learner, batch, hyper)
+            rings.write_back(batch.index, feedback)
             logged.append(metrics)
         now = stack([env.step(a) for env, a in zip(envs, action, strict=True)])
         # Asked once per step: whoever is told to stop has been given the last report.
         stop = should_stop()
         if stop or step == plan.total or step % (plan.cycles_per_report * plan.cycle) == 0:
-            done = {"learner": learner, "step": np.int64(step)}
+            whole = learner._replace(ring=rings.state())
+            done = {"learner": whole, "step": np.int64(step)}
             yield Report(
-                step * config.num_envs, learner, _mean_metrics(logged),
+                step * config.num_envs, whole, _mean_metrics(logged),
                 _join_episodes(finished, num_seeds),
                 lambda done=done: {**done, "envs": [env.state() for env in envs]},
             )  # fmt: skip
             logged, finished = [], []
+
+
+def _start(factory: AgentFactory, spec: EnvSpec, config: DriverConfig, hyper: Hyper) -> Learner:
+    """Make learners without replay: what is not returned is not allocated."""
+
+    def start(hyper: Hyper) -> Learner:
+        return start_learners(factory, spec, config, hyper)._replace(ring=())
+
+    return jax.jit(start)(hyper)
+
+
+def _storage(
+    where: Where, agent: Agent, spec: EnvSpec, config: DriverConfig, snapshot: Any
+) -> Storage:
+    """Allocate replay, with the content of a snapshot if there is one."""
+    example = example_record(agent, spec, config.num_envs)
+    shape = (len(config.seeds), config.num_envs, agent.sampling.capacity)
+    asked = per_call(agent.sampling, config.num_envs)
+    return make_storage(
+        where, example, shape, asked, None if snapshot is None else snapshot["learner"].ring
+    )
 
 
 def _check_envs(envs: list[HostEnvironment], config: DriverConfig) -> None:

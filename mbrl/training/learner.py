@@ -1,8 +1,9 @@
 """What both drivers share: acting, storing and learning, for all seeds at once.
 
-`learner_step` (act, record, store) and `learner_update` (sample, learn) are all that
-touches an agent, so that equal records give an equal learner on the device and on the
-host. Everything outside of one seed carries a leading seed axis [S].
+`learner_act` and `learner_learn` are all that touches an agent, so that equal records give
+an equal learner on the device and on the host; `learner_step` and `learner_update` add a
+replay that lives in the same compiled program. Everything outside of one seed carries a
+leading seed axis [S].
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mbrl import replay, spaces
 from mbrl.types import (
     Agent,
     Array,
+    Batch,
     Carry,
     EnvSpec,
     Key,
@@ -139,13 +141,13 @@ def init_learner(
     )
 
 
-def learner_step(
+def learner_act(
     agent: Agent, learner: Learner, now: TimeStep, mode: Mode
-) -> tuple[Learner, Array, Episodes]:
-    """Act on a time step of [E] environments and store the record.
+) -> tuple[Learner, Record, Episodes]:
+    """Act on a time step of [E] environments; replay is not touched.
 
     Returns:
-      The learner, the action [E, ...] and the episodes that end with this record.
+      The learner, the record [E, ...] to store, and the episodes that end with it.
     """
     act_key, key = jax.random.split(learner.key)
     action, carry, extras = agent.act(
@@ -154,32 +156,52 @@ def learner_step(
     record = Record(now.obs, action, now.reward, now.is_first, now.is_last, now.is_terminal, extras)
     returns = jnp.where(now.is_first, 0.0, learner.episode_return + now.reward)
     lengths = jnp.where(now.is_first, 0, learner.episode_length + 1)
-    learner = learner._replace(
-        carry=carry,
-        ring=replay.add(learner.ring, record),
-        key=key,
-        episode_return=returns,
-        episode_length=lengths,
-    )
-    return learner, action, Episodes(now.is_last, returns, lengths)
+    learner = learner._replace(carry=carry, key=key, episode_return=returns, episode_length=lengths)
+    return learner, record, Episodes(now.is_last, returns, lengths)
+
+
+def learner_step(
+    agent: Agent, learner: Learner, now: TimeStep, mode: Mode
+) -> tuple[Learner, Array, Episodes]:
+    """Act on a time step of [E] environments and store the record.
+
+    Returns:
+      The learner, the action [E, ...] and the episodes that end with this record.
+    """
+    learner, record, episodes = learner_act(agent, learner, now, mode)
+    return learner._replace(ring=replay.add(learner.ring, record)), record.action, episodes
+
+
+def sample_key(learner: Learner) -> Key:
+    """Return the key of the batch that the next update learns from."""
+    return jax.random.split(learner.key, 3)[0]
+
+
+def learner_learn(agent: Agent, learner: Learner, batch: Batch) -> tuple[Learner, Metrics, Any]:
+    """Learn from a batch that was drawn with `sample_key`; replay is not touched.
+
+    Returns:
+      The learner, metrics, and what should go back into replay.
+    """
+    _, update_key, key = jax.random.split(learner.key, 3)
+    state, metrics, feedback = agent.update(learner.agent, batch, update_key)
+    return learner._replace(agent=state, key=key), metrics, feedback
 
 
 def learner_update(agent: Agent, learner: Learner) -> tuple[Learner, Metrics]:
     """Sample what the agent asks for and let it learn."""
-    sample_key, update_key, key = jax.random.split(learner.key, 3)
-    batch = replay.sample(learner.ring, sample_key, _per_call(agent.sampling, learner))
-    state, metrics, feedback = agent.update(learner.agent, batch, update_key)
-    ring = learner.ring
+    spec = per_call(agent.sampling, learner.episode_return.shape[0])
+    batch = replay.sample(learner.ring, sample_key(learner), spec)
+    learner, metrics, feedback = learner_learn(agent, learner, batch)
     if feedback is not None:
-        ring = replay.write_back(ring, batch.index, feedback)
-    return learner._replace(agent=state, ring=ring, key=key), metrics
+        learner = learner._replace(ring=replay.write_back(learner.ring, batch.index, feedback))
+    return learner, metrics
 
 
-def _per_call(sampling: SampleSpec, learner: Learner) -> SampleSpec:
+def per_call(sampling: SampleSpec, num_envs: int) -> SampleSpec:
     """Keep the updates per environment step where one step of all environments holds several
     calls' worth of them.
     """
-    num_envs = learner.episode_return.shape[-1]
     return sampling._replace(updates=sampling.updates * max(1, num_envs // sampling.every))
 
 

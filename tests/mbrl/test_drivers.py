@@ -382,6 +382,13 @@ def test_host_environments_must_fit_the_configuration():
         next(run([StreamEnv(mdp, 3)], DriverConfig(10, 2)))
 
 
+def test_an_unknown_place_of_replay_is_refused():
+    mdp = counter_mdp()
+    config = DriverConfig(10)
+    with pytest.raises(ValueError, match="where: got 'disk', expected .*Path"):
+        next(run_host(linear(mdp), host_of(mdp, config), config, where="disk"))  # type: ignore
+
+
 @pytest.mark.parametrize("leaf", ["obs", "reward"])
 def test_a_simulator_that_breaks_is_named_and_no_report_holds_what_it_gave(leaf):
     mdp = counter_mdp()

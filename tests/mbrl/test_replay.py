@@ -1,6 +1,8 @@
 """Replay against brute-force enumeration of what a stream of records allows."""
 
+import errno
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,31 @@ def test_host_state_moves_between_rings(tmp_path):
         mapped.restore(device._replace(record=device.record._replace(reward=np.zeros((2, 9)))))
 
 
+def test_memory_maps_have_their_space_on_the_disk_before_they_are_used(tmp_path, monkeypatch):
+    first = host_after(3, tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.stat().st_blocks * 512 >= file.stat().st_size
+    # A second ring in the same folder takes the names, not the storage.
+    replay.HostRing(EXAMPLE, E, CAPACITY, tmp_path)
+    assert_same(first.state(), ring_after(3))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        replay.HostRing(EXAMPLE, E, CAPACITY, tmp_path)
+
+
+def test_a_ring_over_given_arrays_writes_into_them():
+    storage = jax.tree.map(lambda x: np.zeros((E, ROWS, *x.shape), x.dtype), EXAMPLE)
+    ring = replay.HostRing.over(storage)
+    for step in range(11):
+        ring.add(make_record(step))
+    assert_same(ring.state(), ring_after(11))
+    assert_same(storage, ring_after(11).record)
+
+
 def test_host_ring_stores_small_floats_in_memory_maps(tmp_path):
     example = EXAMPLE._replace(extras={"h": jax.ShapeDtypeStruct((3,), jnp.bfloat16)})
     ring = replay.HostRing(example, E, CAPACITY, tmp_path)
@@ -366,6 +393,14 @@ def test_memory_is_counted_exactly_and_checked_before_it_is_taken():
     with pytest.raises(ValueError, match=r"replay needs 1024.0 TiB.*--capacity"):
         replay.check_memory(2**50, "replay")
     assert 2**20 < replay.host_memory() < 2**50
+
+
+def test_the_space_of_a_disk_is_known_before_the_folder_is_made(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    found = replay.disk_space(tmp_path / "not" / "there")
+    assert abs(found - free) < 2**30
+    with pytest.raises(ValueError, match=r"replay needs 2.0 KiB, but only 1.0 KiB of the disk are"):
+        replay.check_memory(2048, "replay", available=1024, where="the disk")
 
 
 def test_the_default_check_asks_an_accelerator_for_its_own_limit(monkeypatch):
