@@ -28,7 +28,7 @@ from scripts import runs
 from scripts.cli import parse, run
 from scripts.progress import Progress
 
-HARMLESS = {"steps", "log_every", "save_every", "eval_episodes", "versions"}
+HARMLESS = {"steps", "log_every", "save_every", "eval_episodes", "replay", "versions"}
 """Settings that may change on resume with --override-config."""
 
 EVALUATION = "evaluation.json"
@@ -67,6 +67,8 @@ class TrainConfig:
     """Environment steps between saves; the end and a stop are always saved."""
     on_bad: Literal["raise", "drop", "clip"] = "raise"
     """What to do with rewards and observations that are not finite."""
+    replay: Literal["device", "host", "disk"] = "device"
+    """Keep replay on the device, in host memory, or in files below OUT (Gymnasium only)."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: str | None = None
@@ -106,12 +108,15 @@ def main(argv: list[str]) -> int:
     interval = config.log_every or max(1, config.steps // 50)
     driver = DriverConfig(config.steps, config.num_envs, seeds, interval)
     options = {"pixels": config.pixels or None, "action_repeat": config.action_repeat}
-    job = runs.build(argv[0], agent_config, config.env, driver, config.on_bad, options, config.data)
+    job = runs.build(
+        argv[0], agent_config, config.env, driver, config.on_bad, options, config.data,
+        config.replay,
+    )  # fmt: skip
     data = runs.read_data(job)
-    if not job.data:
-        print(runs.describe_memory(job), file=sys.stderr)
     name = f"{argv[0]}-{config.env.replace('/', '-').replace(':', '-')}-{config.seed}"
     out = Path(config.out or Path("runs") / name)
+    if not job.data:
+        print(runs.describe_memory(job, out), file=sys.stderr)
     out.mkdir(parents=True, exist_ok=True)
     with run_directory.Lock(out):
         _check_settings(out, job, config)
@@ -150,6 +155,7 @@ def _check_settings(out: Path, job: runs.Run, config: TrainConfig) -> None:
         "save_every": config.save_every,
         "eval_episodes": config.eval_episodes,
         "on_bad": config.on_bad,
+        "replay": config.replay,
         "versions": run_directory.versions(),
     }
     saved = run_directory.read_config(out)
@@ -176,8 +182,11 @@ def _train(
     ratio = updates_per_step(job.factory({}), config.num_envs)
     if ratio and data is None:
         print(f"{ratio:g} updates per environment step", file=sys.stderr)
-    with Progress(f"{job.agent_name} {job.env_id}", step, config.steps) as progress:
-        for report in runs.train(job, snapshot, lambda: stop.requested, data):
+    with (
+        Progress(f"{job.agent_name} {job.env_id}", step, config.steps) as progress,
+        runs.working_storage(job, out) as where,
+    ):
+        for report in runs.train(job, snapshot, lambda: stop.requested, data, where):
             step = report.step
             progress.update(step, _write(log, job, report))
             if step - saved >= config.save_every or step >= config.steps or stop.requested:

@@ -68,6 +68,20 @@ def test_f2_a_signal_saves_and_the_same_command_goes_on(name, whole, fault, tmp_
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_f2_a_run_with_its_replay_elsewhere_goes_on(place, whole, fault, tmp_path):
+    fault("SIGTERM", 32)
+    out = tmp_path / "run"
+    assert train(out, "--replay", place) == 75
+    assert not (out / runs.REPLAY).exists()
+    if place == "disk":  # as a kill would leave it
+        (out / runs.REPLAY).mkdir()
+        (out / runs.REPLAY / "leaf_000.npy").write_bytes(b"not ours any more")
+    assert train(out, "--replay", place) == 0
+    assert not (out / runs.REPLAY).exists()
+    assert digest(out) == digest(whole)
+
+
 def test_f2_a_stop_that_cannot_save_says_so(fault, tmp_path, capsys, monkeypatch):
     def full(*args: Any) -> None:
         raise OSError("No space left on device")

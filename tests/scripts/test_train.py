@@ -118,6 +118,39 @@ def final_digest(out: Path) -> str:
     return checkpoint.digest(restored.tree)
 
 
+def test_replay_on_a_disk_changes_nothing_else(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert call("train", "pets", *RUN, "--replay", "disk", "--out", str(out)) == 0
+    text = capsys.readouterr().err
+    # 100 rows of 4 observations, a reward (float32), an action (int32) and 3 flags; 2 counters.
+    ring = 100 * (4 * 6 + 3) + 2 * 4
+    assert f"memory: replay {ring / 1024:.1f} KiB in files of {out}/replay, " in text
+    assert not (out / "replay").exists()
+    assert final_digest(out) == final_digest(finished)
+    assert evaluation(out)["seeds"] == evaluation(finished)["seeds"]
+    restored = runs.restore(runs.load(out), out)
+    assert restored is not None
+    assert isinstance(restored.tree["learner"].ring.record.obs, np.ndarray)  # never on a device
+    other = evaluate(capsys, str(out), "--episodes", "1", "--env", "device/CartPole")
+    assert other["env"] == "device/CartPole"
+    for run in (out, finished):
+        assert call("collect", str(run), "--out", str(tmp_path / f"{run.name}.npz")) == 0
+    with np.load(tmp_path / "run.npz") as a, np.load(tmp_path / "cartpole.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in b.files)
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_a_run_goes_on_with_its_replay_elsewhere_when_asked(place, copy, tmp_path, capsys):
+    longer = [*RUN[:3], "90", *RUN[4:], "--replay", place]
+    assert call("train", "pets", *longer, "--out", str(copy)) == 2
+    assert f"replay: device -> {place}" in capsys.readouterr().err
+    assert call("train", "pets", *longer, "--out", str(copy), "--override-config") == 0
+    other = tmp_path / "whole"
+    assert call("train", "pets", *longer[:-2], "--out", str(other)) == 0
+    assert final_digest(copy) == final_digest(other)
+    assert evaluation(copy)["seeds"] == evaluation(other)["seeds"]
+
+
 def test_evaluate_prints_one_json_object(finished, capsys):
     result = evaluate(capsys, str(finished), "--episodes", "4", "--seed", "7")
     assert result["episodes"] == len(result["returns"]) == 4
@@ -163,6 +196,14 @@ def test_evaluate_on_another_environment(finished, capsys):
         (["--planner.horizon", "0"], ["planner.horizon must be at least 1, got 0"]),
         (["--planner.elites", "900"], ["planner.elites must not exceed", "got 900"]),
         (["--env", "device/Pendulum", "--on-bad", "drop"], ["on_bad", "device/Pendulum", "'drop'"]),
+        (
+            ["--env", "device/Pendulum", "--replay", "host"],
+            ["--replay: got 'host'", "--env device/Pendulum", "expected 'device'", "leave"],
+        ),
+        (
+            ["--data", "x.npz", "--replay", "disk"],
+            ["--replay: got 'disk'", "--data", "expected 'device'", "leave"],
+        ),
     ],
 )
 def test_a_command_line_that_is_wrong_exits_with_2(argv, words, capsys, tmp_path):
@@ -249,8 +290,48 @@ def test_the_memory_of_replay_and_agent_is_known_before_it_is_taken(monkeypatch)
     expected = (
         f"memory: replay {replay / 1024:.1f} KiB, agent with optimizer {agent / 1024:.1f} KiB"
     )
-    assert runs.describe_memory(job) == expected
+    assert runs.describe_memory(job, Path("x")) == expected
     monkeypatch.setattr("mbrl.memory.host_memory", lambda: replay + agent - 1)
     monkeypatch.setattr("mbrl.memory.device_memory", lambda: None)
     with pytest.raises(ValueError, match=r"replay and agent together needs .* KiB, but only"):
-        runs.describe_memory(job)
+        runs.describe_memory(job, Path("x"))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("place", "on_gpu"), [("host", False), ("host", True), ("disk", False)])
+def test_the_memory_of_replay_elsewhere_is_that_of_its_place(place, on_gpu, monkeypatch, tmp_path):
+    # F15
+    config = PETSConfig(members=2, elites=2, hidden=(8,), capacity=2000)
+    driver = DriverConfig(10, seeds=(0, 1, 2))
+    job = runs.build("pets", config, "Pendulum-v1", driver, replay=place)
+    ring = 3 * (2000 * (4 * 5 + 3) + 2 * 4)
+    batch = 3 * 2000 * (4 * 5 + 4)  # all of it, and which rows start a transition
+    learner = start_learners(job.factory, job.spec, driver, {})
+    agent = sum(leaf.nbytes for leaf in jax.tree.leaves(learner.agent))
+    on_host = {"host": 2, "disk": 1}[place] * ring + batch + (0 if on_gpu else agent + batch)
+    free = {"host": on_host, "device": agent + batch if on_gpu else None, "disk": ring}
+    for name in ("host_memory", "device_memory"):
+        monkeypatch.setattr(f"mbrl.memory.{name}", lambda n=name[:-7]: free[n])
+        monkeypatch.setattr(f"mbrl.replay.{name}", lambda n=name[:-7]: free[n])
+    monkeypatch.setattr("mbrl.replay.disk_space", lambda folder: free["disk"])
+    where = "in host memory" if place == "host" else f"in files of {tmp_path}/replay"
+    text = runs.describe_memory(job, tmp_path)
+    assert text.startswith(f"memory: replay {ring / 1024:.1f} KiB {where}, as much ")
+    assert text.endswith(
+        f"batch {batch / 1024:.1f} KiB, agent with optimizer {agent / 1024:.1f} KiB"
+    )
+    refused = {
+        "host": "a save of it, batch and agent together needs .* of memory are available",
+        "device": "^agent and batch together needs .* of memory are available",
+        "disk": f"^replay needs .* of the disk of {tmp_path} are available",
+    }
+    for name in ("host", *(("disk",) if place == "disk" else ("device",) if on_gpu else ())):
+        enough, free[name] = free[name], free[name] - 1
+        with pytest.raises(ValueError, match=refused[name]):
+            runs.describe_memory(job, tmp_path)
+        free[name] = enough
+    if place == "disk":  # what a killed run has left is written over
+        (tmp_path / "replay").mkdir()
+        (tmp_path / "replay" / "leaf_000.npy").write_bytes(b"123")
+        free["disk"] = ring - 3
+        runs.describe_memory(job, tmp_path)
