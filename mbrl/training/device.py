@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl.mdp import EpisodicState, episodic, timestep
+from mbrl.training.faults import Fault, first_fault, no_fault, raise_fault
 from mbrl.training.learner import (
     AgentFactory,
     DriverConfig,
@@ -26,7 +27,7 @@ from mbrl.training.learner import (
     seed_keys,
     start_learners,
 )
-from mbrl.types import MDP, Agent, Array, Key, Metrics, Mode
+from mbrl.types import MDP, Agent, Array, Key, Metrics, Mode, TimeStep
 
 
 class DeviceState(NamedTuple):
@@ -35,6 +36,10 @@ class DeviceState(NamedTuple):
     learner: Learner
     env: EpisodicState
     key: Key
+
+
+Running = tuple[DeviceState, Fault]
+"""What a compiled loop carries from step to step."""
 
 
 def start_state(
@@ -51,24 +56,6 @@ def start_state(
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(seed_keys(config.seeds))
     env_state, keys = jax.jit(over_seeds(start_env, len(config.seeds)))(keys)
     return DeviceState(start_learners(factory, env.spec, config, hyper), env_state, keys)
-
-
-def _check_finite(state: DeviceState, step: int) -> None:
-    """Refuse what a compiled loop cannot stop at: NaN or Inf in the records of a simulator.
-
-    Raises:
-      ValueError: naming the leaf, the environment and the seed.
-    """
-    record = state.learner.ring.record
-    for path, leaf in jax.tree.leaves_with_path({"obs": record.obs, "reward": record.reward}):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            bad = np.argwhere(~jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(-1))
-            if len(bad):
-                raise ValueError(
-                    f"{jax.tree_util.keystr(path)}: NaN or Inf from environment {bad[0][1]} of "
-                    f"seed number {bad[0][0]}, in the steps up to {step}; look for a division, "
-                    "a root or a logarithm in the `step` of the MDP"
-                )
 
 
 def run_device(
@@ -96,22 +83,27 @@ def run_device(
       until the next one is asked for: its memory is then reused.
 
     Raises:
-      ValueError: when the simulator has yielded NaN or Inf; no report holds them.
+      ValueError: when the simulator has yielded NaN or Inf, naming seed, environment, step
+        and leaf; no report holds them.
     """
     hyper = hyper or {}
     stream = episodic(env, env.spec.max_episode_steps)
     plan = schedule(factory({k: v[0] for k, v in hyper.items()}), config)
     num_seeds = len(config.seeds)
 
-    def collect(agent: Agent, state: DeviceState, length: int, mode: Mode) -> Any:
-        def step(state: DeviceState, x: None) -> tuple[DeviceState, Episodes]:
+    def emitted(state: DeviceState) -> TimeStep:
+        return timestep(stream, params, state.env)
+
+    def collect(agent: Agent, carry: Running, steps: Array, mode: Mode) -> Any:
+        def step(carry: Running, t: Array) -> tuple[Running, Episodes]:
+            state, fault = carry
             env_key, key = jax.random.split(state.key)
-            now = timestep(stream, params, state.env)
+            now = emitted(state)
             learner, action, episodes = learner_step(agent, state.learner, now, mode)
             env_state = stream.step(params, env_key, state.env, action)[0]
-            return DeviceState(learner, env_state, key), episodes
+            return (DeviceState(learner, env_state, key), first_fault(fault, now, t)), episodes
 
-        return jax.lax.scan(step, state, None, length=length)
+        return jax.lax.scan(step, carry, steps)
 
     def learn(agent: Agent, state: DeviceState) -> tuple[DeviceState, Metrics]:
         learner, metrics = learner_update(agent, state.learner)
@@ -119,9 +111,10 @@ def run_device(
 
     def stretch(state: DeviceState, hyper: Hyper, length: int, mode: Mode, update: bool) -> Any:
         agent = factory(hyper)
-        state, episodes = collect(agent, state, length, mode)
+        (state, fault), episodes = collect(agent, (state, no_fault()), jnp.arange(length), mode)
         state, metrics = learn(agent, state) if update else (state, {})
-        return state, metrics, episodes
+        # What comes next is saved with the state, and looked at for that.
+        return state, metrics, episodes, first_fault(fault, emitted(state), length)
 
     def cycles(state: DeviceState, hyper: Hyper, num: Array) -> Any:
         agent = factory(hyper)
@@ -131,13 +124,16 @@ def run_device(
         totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def cycle(i: Array, carry: Any) -> Any:
-            state, totals, log = carry
-            state, episodes = collect(agent, state, plan.cycle, "explore")
+            state, totals, log, fault = carry
+            steps = i * plan.cycle + jnp.arange(plan.cycle)
+            (state, fault), episodes = collect(agent, (state, fault), steps, "explore")
             state, metrics = learn(agent, state)
             totals = jax.tree.map(lambda a, b: a + b / num, totals, metrics)
-            return state, totals, jax.tree.map(lambda a, b: a.at[i].set(b), log, episodes)
+            return state, totals, jax.tree.map(lambda a, b: a.at[i].set(b), log, episodes), fault
 
-        return jax.lax.fori_loop(0, num, cycle, (state, totals, empty))
+        carry = jax.lax.fori_loop(0, num, cycle, (state, totals, empty, no_fault()))
+        state, totals, log, fault = carry
+        return state, totals, log, first_fault(fault, emitted(state), num * plan.cycle)
 
     def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(over_seeds(fn, num_seeds), donate_argnums=0)
@@ -157,15 +153,15 @@ def run_device(
         left, due = plan.total - step, plan.until_update(step)
         if plan.updates_after(step) and left >= plan.cycle:
             num = min(left // plan.cycle, plan.cycles_per_report)
-            state, metrics, episodes = run_cycles(state, hyper, jnp.asarray(num))
-            step += num * plan.cycle
+            state, metrics, episodes, fault = run_cycles(state, hyper, jnp.asarray(num))
+            length = num * plan.cycle
         else:  # the warm-up, or a part of a cycle where a run ends or has ended before
             length = min(left, due)
             mode: Mode = "random" if step < plan.warmup else "explore"
             once = partial(stretch, length=length, mode=mode, update=length == due)
-            state, metrics, episodes = compiled(once)(state, hyper)
-            step += length
-        _check_finite(state, step * config.num_envs)
+            state, metrics, episodes, fault = compiled(once)(state, hyper)
+        raise_fault(fault, state.learner.ring.record, step, env.spec.id, config.seeds)
+        step += length
         done = {"state": state, "step": np.int64(step)}
         yield Report(
             step * config.num_envs, state.learner, fetch(metrics), fetch(episodes),

@@ -16,10 +16,12 @@ import pytest
 import envs
 from agents.pets import PETSConfig, make_pets
 from mbrl.planning import PlannerConfig
+from mbrl.spaces import box
 from mbrl.training import checkpoint
 from mbrl.training.device import run_device, start_state
 from mbrl.training.host import run_host
 from mbrl.training.learner import DriverConfig, Learner, Report, schedule, start_learners
+from mbrl.types import MDP
 from tests.agents.tiny import TINY, tiny_dreamer
 from tests.mbrl.toys import StreamEnv, counter_mdp, linear_agent
 
@@ -389,18 +391,72 @@ def test_an_unknown_place_of_replay_is_refused():
         next(run_host(linear(mdp), host_of(mdp, config), config, where="disk"))  # type: ignore
 
 
-@pytest.mark.parametrize("leaf", ["obs", "reward"])
-def test_a_simulator_that_breaks_is_named_and_no_report_holds_what_it_gave(leaf):
-    mdp = counter_mdp()
+def breaking(leaf: str, when: Any) -> Any:
+    """Count for ever; environments where `when(state)` holds yield a number that is not finite."""
+    mdp = counter_mdp(limit=None)
+    spec = mdp.spec._replace(
+        observation={"count": box(-np.inf, np.inf, (1,)), "sum": box(-np.inf, np.inf, (1,))}
+    )
 
     def step(params, key, state, action):
         state, outcome = mdp.step(params, key, state, action)
-        broken = (state[:, 0] == 3) & (jnp.arange(len(state)) == 1)
-        if leaf == "obs":
-            return jnp.where(broken[:, None], jnp.nan, state), outcome
-        return state, outcome._replace(reward=jnp.where(broken, jnp.inf, outcome.reward))
+        bad = when(state)
+        if leaf == "reward":
+            outcome = outcome._replace(reward=jnp.where(bad, jnp.inf, outcome.reward))
+        return state, outcome
 
-    config = DriverConfig(130, num_envs=2, seeds=(3, 8), interval=40)
-    broken: Any = run_device(linear(mdp), mdp._replace(step=step), config)
-    with pytest.raises(ValueError, match=rf"\['{leaf}'\].* environment 1 of seed number 0.*to 20"):
-        next(broken)
+    def observe(params, state):
+        total = state[:, 1]
+        if leaf == "observation/sum":
+            total = jnp.where(when(state), jnp.nan, total)
+        return {"count": state[:, :1], "sum": total[:, None]}
+
+    return MDP(mdp.init, step, observe, spec)
+
+
+def finite(tree: Any) -> bool:
+    return all(
+        bool(jnp.isfinite(x).all())
+        for x in jax.tree.leaves(tree)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    )
+
+
+# Warm-up: steps 0 .. 9; a report after 10 and 30; steps 31, 32, 33 are a part of a cycle.
+@pytest.mark.parametrize(
+    ("leaf", "total", "seeds"),
+    [("reward", 2, (8, 3)), ("observation/sum", 8, (4, 8)), ("reward", 13, (0, 2))],
+)
+def test_a_simulator_that_breaks_is_named_with_its_first_step(leaf, total, seeds):
+    config = DriverConfig(66, num_envs=2, seeds=seeds, interval=40)
+    healthy = breaking("", lambda state: False)
+    report = last(run_device(lambda hyper: roomy(healthy), healthy, config))
+    sums = np.asarray(report.learner.ring.record.obs["sum"])[..., 0]
+    # Read off an undisturbed run, step by step: who is the first to get there.
+    step, seed, env = min(
+        (int(np.argmax(row >= total)), seed, env)
+        for seed, rows in enumerate(sums) for env, row in enumerate(rows) if (row >= total).any()
+    )  # fmt: skip
+    broken = breaking(leaf, lambda state: state[:, 1] == total)
+    place = f"counter, seed {seeds[seed]}, environment {env}, step {step}: {leaf} is NaN or Inf"
+    with pytest.raises(ValueError, match=place):
+        last(run_device(lambda hyper: roomy(broken), broken, config))
+
+
+def roomy(mdp: Any) -> Any:
+    agent = linear_agent(mdp.spec)
+    return agent._replace(sampling=agent.sampling._replace(capacity=200))
+
+
+@pytest.mark.parametrize(
+    ("step", "reports"), [(1, 0), (10, 0), (11, 1), (24, 1), (30, 1), (31, 2), (33, 2)]
+)
+def test_no_report_holds_what_a_broken_simulator_gave(step, reports):
+    leaf = ("reward", "observation/sum")[step % 2]
+    config = DriverConfig(66, num_envs=2, interval=40)
+    broken = breaking(leaf, lambda state: state[:, 0] == step)
+    seen = []
+    with pytest.raises(ValueError, match=f"seed 0, environment 0, step {step}: {leaf} is NaN"):
+        for report in run_device(lambda hyper: roomy(broken), broken, config):
+            seen.append(finite(report.snapshot()))  # the simulator, too, which comes next
+    assert seen == [True] * reports
