@@ -19,6 +19,7 @@ from mbrl.training.learner import (
     Hyper,
     Learner,
     Report,
+    add_metrics,
     fetch,
     learner_step,
     learner_update,
@@ -128,7 +129,7 @@ def run_device(
             steps = i * plan.cycle + jnp.arange(plan.cycle)
             (state, fault), episodes = collect(agent, (state, fault), steps, "explore")
             state, metrics = learn(agent, state)
-            totals = jax.tree.map(lambda a, b: a + b / num, totals, metrics)
+            totals = add_metrics(totals, metrics, num)
             return state, totals, jax.tree.map(lambda a, b: a.at[i].set(b), log, episodes), fault
 
         carry = jax.lax.fori_loop(0, num, cycle, (state, totals, empty, no_fault()))

@@ -15,6 +15,7 @@ from mbrl.training.learner import (
     Hyper,
     Learner,
     Report,
+    add_metrics,
     example_record,
     fetch,
     learner_act,
@@ -127,7 +128,7 @@ def run_host(
             whole = learner._replace(ring=rings.state())
             done = {"learner": whole, "step": np.int64(step)}
             yield Report(
-                step * config.num_envs, whole, _mean_metrics(logged),
+                step * config.num_envs, whole, _summary(logged),
                 _join_episodes(finished, num_seeds),
                 lambda done=done: {**done, "envs": [env.state() for env in envs]},
             )  # fmt: skip
@@ -171,11 +172,12 @@ def stack(steps: list[TimeStep]) -> TimeStep:
     return jax.tree.map(lambda *x: np.stack(x), *steps)
 
 
-def _mean_metrics(logged: list[Metrics]) -> dict[str, np.ndarray]:
-    """Average each metric over the updates of an interval, [S] each."""
-    if not logged:
-        return {}
-    return {k: np.mean([np.asarray(m[k]) for m in logged], 0) for k in logged[0]}
+def _summary(logged: list[Metrics]) -> dict[str, np.ndarray]:
+    """Join the metrics of the updates of an interval, [S] each."""
+    found: Any = dict.fromkeys(logged[0], np.float32(0.0)) if logged else {}
+    for metrics in logged:
+        found = add_metrics(found, fetch(metrics), len(logged))
+    return found
 
 
 def _join_episodes(finished: list[Episodes], num_seeds: int) -> Episodes:

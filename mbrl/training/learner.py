@@ -87,7 +87,8 @@ class Report(NamedTuple):
     Attributes:
       step: environment steps per seed so far.
       learner: leaves [S, ...].
-      metrics: means over the interval, [S] each; empty before the first update.
+      metrics: means over the interval (of `COUNTS` the latest), [S] each; empty before the
+        first update.
       episodes: finished episodes of the interval, [S, ...].
       snapshot: call for everything a later run needs to go on bit for bit.
     """
@@ -203,6 +204,22 @@ def per_call(sampling: SampleSpec, num_envs: int) -> SampleSpec:
     calls' worth of them.
     """
     return sampling._replace(updates=sampling.updates * max(1, num_envs // sampling.every))
+
+
+COUNTS = ("skipped_updates", "skipped_in_a_row")
+"""Last words of metrics that count: their mean over an interval would mean nothing."""
+
+
+def add_metrics(totals: Metrics, metrics: Metrics, num: Any) -> Metrics:
+    """Add the metrics of one of `num` updates to those of an interval, which begin at 0.
+
+    Returns:
+      The mean of each so far, times the share of updates seen; of `COUNTS` the latest.
+    """
+    return {
+        name: value if name.endswith(COUNTS) else totals[name] + value / num
+        for name, value in metrics.items()
+    }
 
 
 def over_seeds(fn: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from mbrl.training.learner import (
     Hyper,
     Learner,
     Report,
+    add_metrics,
     fetch,
     learner_update,
     over_seeds,
@@ -67,7 +68,7 @@ def run_offline(
         def one(i: Array, carry: Any) -> Any:
             learner, totals = carry
             learner, metrics = learner_update(agent, learner)
-            return learner, jax.tree.map(lambda a, b: a + b / num, totals, metrics)
+            return learner, add_metrics(totals, metrics, num)
 
         return jax.lax.fori_loop(0, num, one, (learner, totals))
 

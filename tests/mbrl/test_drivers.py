@@ -21,6 +21,7 @@ from mbrl.training import checkpoint
 from mbrl.training.device import run_device, start_state
 from mbrl.training.host import run_host
 from mbrl.training.learner import DriverConfig, Learner, Report, schedule, start_learners
+from mbrl.training.offline import run_offline
 from mbrl.types import MDP
 from tests.agents.tiny import TINY, tiny_dreamer
 from tests.mbrl.toys import StreamEnv, counter_mdp, linear_agent
@@ -117,6 +118,50 @@ def test_seeds_in_one_program_are_the_runs_of_each_seed():
         )  # fmt: skip
     assert not np.allclose(both.agent["w"][0], both.agent["w"][1])
     assert not np.allclose(both.ring.record.obs[0], both.ring.record.obs[1])
+
+
+@pytest.mark.parametrize("seeds", [(3,), (3, 8)])
+@pytest.mark.parametrize("driver", ["device", "host", "offline"])
+def test_metrics_of_an_interval_are_means_and_of_counts_the_latest(driver, seeds):
+    mdp = counter_mdp()
+
+    def factory(hyper: Any) -> Any:
+        agent = linear_agent(mdp.spec, hyper)
+
+        def update(*args: Any) -> Any:
+            state, _, feedback = agent.update(*args)
+            number = state["updates"].astype(jnp.float32)
+            names = ("plain", "model/skipped_updates", "model/skipped_in_a_row")
+            return state, {name: number * (k + 1) for k, name in enumerate(names)}, feedback
+
+        return agent._replace(update=update)
+
+    config = DriverConfig(140, seeds=seeds, interval=60)
+    if driver == "device":
+        reports = run_device(factory, mdp, config)
+    elif driver == "host":
+        reports = run_host(factory, host_of(mdp, config), config)
+    else:
+        ring = last(run_device(factory, mdp, config)).learner.ring
+        record = jax.tree.map(lambda x: np.asarray(x)[0], ring.record)
+        reports = run_offline(
+            factory, mdp.spec, record, dataclasses.replace(config, steps=7, interval=3)
+        )
+    before = 0
+    several = 0
+    for report in reports:
+        (updates,) = set(np.asarray(report.learner.agent["updates"]).tolist())
+        if not report.metrics:
+            assert updates == before
+            continue
+        since = range(before + 1, updates + 1)
+        np.testing.assert_allclose(report.metrics["plain"], [np.mean(since)] * len(seeds), 1e-5)
+        for name, factor in (("updates", 2), ("in_a_row", 3)):
+            found = report.metrics[f"model/skipped_{name}"]
+            assert found.tolist() == [factor * updates] * len(seeds)
+        before, several = updates, several + (len(since) > 1)
+    assert before == 7
+    assert several >= 2
 
 
 def test_float_settings_are_mapped_over_seeds_in_one_trace():
