@@ -123,8 +123,9 @@ class MDP(NamedTuple):
 class Predictor(NamedTuple):
     """Policy prior and value of a state: `predict(params, state) -> (logits, value)`.
 
-    `logits` is `[B, A]` (discrete) or the mean action `[B, A]` (continuous); `value` is
-    `[B]`. Together with `MDP.step` this is a tree search's recurrent function.
+    `logits` is `[B, A]` (discrete), or the mean action `[B, A]` in units of `[-1, 1]`, or mean
+    and log-deviation `[B, 2 A]` (continuous); `value` is `[B]`. Together with `MDP.step` this is
+    a tree search's recurrent function.
     """
 
     predict: Callable[[Params, State], tuple[Array, Array]]

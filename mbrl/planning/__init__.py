@@ -1,10 +1,11 @@
-"""Planners over any `MDP`: random shooting, CEM, iCEM, MPPI and gradient ascent."""
+"""Planners over any `MDP`: random shooting, CEM, iCEM, MPPI, gradient ascent, tree search."""
 
 from mbrl.planning.cem import cem, icem
-from mbrl.planning.config import PETS_CEM, PlannerConfig
+from mbrl.planning.config import PETS_CEM, PlannerConfig, SearchConfig
 from mbrl.planning.gradient import gradient
 from mbrl.planning.mppi import mppi
 from mbrl.planning.score import Prior, Value
+from mbrl.planning.search import Found, Search, search, tree_search, uniform_predictor
 from mbrl.planning.shooting import random_shooting
 from mbrl.types import MDP, Planner
 
@@ -14,6 +15,7 @@ PLANNERS = {
     "icem": icem,
     "mppi": mppi,
     "gradient": gradient,
+    "search": tree_search,
 }
 
 
@@ -33,11 +35,17 @@ def planner(
 __all__ = [
     "PETS_CEM",
     "PLANNERS",
+    "Found",
     "PlannerConfig",
+    "Search",
+    "SearchConfig",
     "cem",
     "gradient",
     "icem",
     "mppi",
     "planner",
     "random_shooting",
+    "search",
+    "tree_search",
+    "uniform_predictor",
 ]
