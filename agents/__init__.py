@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from agents.dreamer import DreamerConfig, make_dreamer
+from agents.muzero import MuZeroConfig, make_muzero
 from agents.pets import PETSConfig, make_pets
 from mbrl.types import Agent, EnvSpec
 
@@ -19,6 +20,7 @@ class Entry(NamedTuple):
 
 AGENTS = {
     "dreamer": Entry(DreamerConfig, make_dreamer),
+    "muzero": Entry(MuZeroConfig, make_muzero),
     "pets": Entry(PETSConfig, make_pets),
 }
 """Agents by the name that the command line uses."""

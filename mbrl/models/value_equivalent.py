@@ -75,7 +75,7 @@ class Scalar(NamedTuple):
 
 def scalar(largest: float, bins_per_unit: int) -> Scalar:
     """Make bins for numbers up to `largest` in magnitude; one of them is exactly 0."""
-    limit = float(signed_hyperbolic(jnp.float32(largest)))
+    limit = math.sqrt(largest + 1.0) - 1.0 + 1e-3 * largest  # signed_hyperbolic, not traced
     side = max(1, math.ceil(limit * bins_per_unit))
     return Scalar(jnp.linspace(-limit, limit, 2 * side + 1).at[side].set(0.0))
 

@@ -240,7 +240,7 @@ def test_settings_that_cannot_work_are_refused_before_the_run_begins(argv, words
 
 def test_an_unknown_agent_is_refused_with_the_known_ones(capsys):
     assert call("train", "pest", "--env", "CartPole-v1") == 2
-    assert "got 'pest', agents: dreamer, pets" in capsys.readouterr().err
+    assert "got 'pest', agents: dreamer, muzero, pets" in capsys.readouterr().err
     assert call("train") == 2
 
 

@@ -1,0 +1,210 @@
+"""MuZero learns from any space, searches without noise when it is judged, and skips NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agents.muzero import MuZeroConfig, make_muzero
+from mbrl import replay, spaces
+from mbrl.training.learner import example_record, init_learner, learner_step, learner_update
+from mbrl.types import Agent, Discrete, EnvSpec, MultiDiscrete, TimeStep
+
+TINY = MuZeroConfig(
+    simulations=4, candidates=3, unroll=2, td_steps=3, latent=8, hidden=8, depth=2, batch_size=4,
+    train_ratio=1.0, random_steps=16, capacity=64, target_every=3, max_value=20.0,
+)  # fmt: skip
+LINE = spaces.box(-np.inf, np.inf, (2,))
+PUSH = EnvSpec("push", LINE, Discrete(3), 10)
+REACH = EnvSpec("reach", LINE, spaces.box(-1.0, 3.0, (2,)), 10)
+MIXED = EnvSpec(
+    "mixed",
+    {"camera": spaces.box(0, 255, (6, 6, 1), np.uint8), "place": Discrete(4), "speed": LINE},
+    Discrete(2),
+    10,
+)
+SPECS = [PUSH, REACH, MIXED]
+
+
+def stream(spec: EnvSpec, t: int) -> TimeStep:
+    """Two environments whose episodes of eight records end by themselves, with reward 1."""
+    rng = np.random.default_rng(t)
+    obs: Any = jnp.asarray(rng.normal(size=(2, 2)), jnp.float32)
+    if spec is MIXED:
+        obs = {
+            "camera": jnp.asarray(rng.integers(0, 255, (2, 6, 6, 1)), jnp.uint8),
+            "place": jnp.asarray(rng.integers(0, 4, 2), jnp.int32),
+            "speed": obs,
+        }
+    flag = jnp.zeros(2, bool)
+    last = flag | (t % 8 == 7)
+    return TimeStep(obs, jnp.where(last, 1.0, 0.0), flag | (t % 8 == 0), last, last)
+
+
+@functools.cache
+def learner(spec_index: int) -> tuple[Agent, Any, Any]:
+    """Act for 24 steps in two environments and update once: before, after and metrics."""
+    spec = SPECS[spec_index]
+    agent = make_muzero(spec, TINY)
+    state = init_learner(agent, spec, 2, jax.random.key(0))
+    step = jax.jit(functools.partial(learner_step, agent), static_argnames="mode")
+    for t in range(24):
+        state, action, _ = step(state, stream(spec, t), mode="random" if t < 8 else "explore")
+    assert action.shape[0] == 2
+    after, metrics = jax.jit(functools.partial(learner_update, agent))(state)
+    return agent, (state, after), {k: float(v) for k, v in metrics.items()}
+
+
+def distance(one: Any, two: Any) -> float:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return max(float(jnp.max(jnp.abs(jnp.subtract(1.0 * a, 1.0 * b)))) for a, b in pairs)
+
+
+@pytest.mark.parametrize("spec", range(3), ids=["vector", "box", "dict"])
+def test_learns_from_any_space(spec):
+    _, (before, after), metrics = learner(spec)
+    assert all(np.isfinite(v) for v in metrics.values()), metrics
+    assert metrics["model/skipped_updates"] == 0.0
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()),
+        before.agent.model.weights, after.agent.model.weights,
+    )  # fmt: skip
+    largest = {name: max(jax.tree.leaves(part)) for name, part in moved.items()}
+    for name in ("projector", "guess"):  # without consistency
+        assert largest.pop(name) < 1e-6
+    if spec != 1:  # the first searches say what a uniform policy says already
+        assert largest.pop("policy") < 1e-6
+    assert min(largest.values()) > 1e-6, largest
+    assert float(after.agent.model.moments.count) > 0
+
+
+@pytest.mark.parametrize("spec", [0, 1], ids=["vector", "box"])
+def test_what_the_search_found_is_remembered(spec):
+    agent, (before, _), _ = learner(spec)
+    extras = before.ring.record.extras
+    count = 3
+    assert extras["weights"].shape[-1] == count
+    np.testing.assert_allclose(extras["weights"][:, :24].sum(-1), 1.0, atol=1e-5)
+    if spec == 1:
+        assert extras["candidates"].shape[-2:] == (TINY.candidates, 2)
+        assert float(jnp.abs(extras["candidates"]).max()) <= 1.0
+    example = example_record(agent, SPECS[spec], 2)
+    assert replay.nbytes(example, 2, 64) > 0
+
+
+def test_the_judged_agent_has_no_noise_and_the_exploring_one_has():
+    agent, (_, after), _ = learner(0)
+    act = jax.jit(agent.act, static_argnames="mode")
+    obs, first = jax.random.normal(jax.random.key(3), (32, 2)), jnp.ones(32, bool)
+    keys = [jax.random.key(i) for i in range(4)]
+    greedy = [np.asarray(act(after.agent, (), obs, first, k, mode="greedy")[0]) for k in keys]
+    for other in greedy[1:]:
+        np.testing.assert_array_equal(greedy[0], other)
+    noisy = [np.asarray(act(after.agent, (), obs, first, k, mode="explore")[0]) for k in keys]
+    assert any((noisy[0] != other).any() for other in noisy[1:])
+
+
+def test_actions_stay_inside_asymmetric_bounds():
+    agent, (_, after), _ = learner(1)
+    obs, first = jnp.zeros((64, 2)), jnp.ones(64, bool)
+    for mode in ("random", "explore", "greedy"):
+        action = agent.act(after.agent, (), obs, first, jax.random.key(5), mode)[0]
+        assert action.shape == (64, 2)
+        assert float(action.min()) >= -1.0
+        assert float(action.max()) <= 3.0
+        assert mode == "greedy" or float(jnp.ptp(action)) > 1.0
+
+
+def test_the_target_network_is_a_copy_every_few_updates():
+    agent, (before, _), _ = learner(0)
+    update, state, batch = jax.jit(agent.update), before.agent, batch_of(before)
+    same = []
+    for i in range(4):
+        old = state.target.weights
+        state, _, _ = update(state, batch, jax.random.key(i))
+        same.append(distance(old, state.target.weights) == 0.0)
+        if not same[-1]:
+            assert distance(state.target.weights, state.model.weights) == 0.0
+    assert same == [True, True, False, True]
+
+
+def batch_of(state: Any) -> Any:
+    return replay.sample(state.ring, jax.random.key(1), make_muzero(PUSH, TINY).sampling)
+
+
+def test_nothing_is_learned_from_what_is_not_finite():
+    agent, (before, _), _ = learner(0)
+    batch = batch_of(before)
+    bad = batch._replace(
+        record=batch.record._replace(obs=batch.record.obs.at[0, 0, 1].set(jnp.nan))
+    )
+    state, metrics, _ = jax.jit(agent.update)(before.agent, bad, jax.random.key(2))
+    assert float(metrics["model/skipped_in_a_row"]) == 1.0
+    assert distance(state.model, before.agent.model) == 0.0
+    assert distance(state.target, before.agent.target) == 0.0
+    assert int(state.updates) == int(before.agent.updates)
+
+
+def test_reanalysis_forgets_what_was_stored():
+    _, (before, _), _ = learner(0)
+    batch = batch_of(before)
+    lie = jnp.zeros_like(batch.record.extras["weights"]).at[..., 0].set(1.0)
+    extras = batch.record.extras | {"weights": lie}
+    lied = batch._replace(record=batch.record._replace(extras=extras))
+
+    def learned(share: float) -> tuple[Any, Any]:
+        agent = make_muzero(PUSH, dataclasses.replace(TINY, reanalyse=share))
+        update = jax.jit(agent.update)
+        return tuple(
+            update(before.agent, b, jax.random.key(2))[0].model.weights for b in (batch, lied)
+        )
+
+    assert distance(*learned(0.0)) > 1e-4
+    assert distance(*learned(0.5)) > 1e-4, "half of the rows are as they were stored"
+    assert distance(*learned(1.0)) == 0.0
+
+
+def test_a_value_beyond_the_bins_is_reported():
+    agent = make_muzero(PUSH, dataclasses.replace(TINY, max_value=0.1, max_reward=0.5))
+    _, (before, _), _ = learner(0)
+    state = agent.init(jax.random.key(0))
+    _, metrics, _ = jax.jit(agent.update)(state, batch_of(before), jax.random.key(2))
+    assert 0.0 < float(metrics["model/clipped_targets"]) < 1.0
+    assert learner(0)[2]["model/clipped_targets"] == 0.0
+
+
+def test_consistency_trains_the_projection():
+    agent = make_muzero(PUSH, dataclasses.replace(TINY, consistency=2.0))
+    _, (before, _), _ = learner(0)
+    state = agent.init(jax.random.key(0))
+    after, metrics, _ = jax.jit(agent.update)(state, batch_of(before), jax.random.key(2))
+    assert 0.0 < float(metrics["model/consistency_loss"]) < 4.0
+    for name in ("projector", "guess"):
+        assert distance(state.model.weights[name], after.model.weights[name]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unroll": 0}, "unroll must be at least 1, got 0"),
+        ({"reanalyse": 1.5}, r"reanalyse must be in \[0, 1\], got 1.5"),
+        ({"penalty": 1.0}, "members: got 1 with penalty=1.0"),
+        ({"discount": 1.0, "max_value": 0.0}, "max_value: got 0 with discount=1"),
+        ({"train_ratio": 0.3}, "train_ratio: got 0.3"),
+        ({"random_steps": 3}, "the length of a sequence, 6"),
+    ],
+)
+def test_refuses_impossible_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_muzero(PUSH, dataclasses.replace(TINY, **change))
+
+
+def test_refuses_actions_that_it_cannot_search():
+    with pytest.raises(ValueError, match="action space of push: MuZero searches Box or Discrete"):
+        make_muzero(PUSH._replace(action=MultiDiscrete((2, 3))), TINY)
