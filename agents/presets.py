@@ -30,7 +30,7 @@ _SMALL = {
 }  # fmt: skip
 """Dreamer on tasks of thousands of steps: the published step size has not warmed up there."""
 
-_SPARSE = _SMALL | {"entropy": 0.01, "train_ratio": 1.0}
+_SPARSE = _SMALL | {"entropy": 0.01}
 """One reward per episode: with the published bonus the actor settles before it is predicted."""
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
