@@ -17,7 +17,7 @@ from mbrl.networks.core import ensemble, mlp
 from mbrl.normalization import Moments
 from mbrl.settings import check_whole, check_within
 from mbrl.two_hot import signed_hyperbolic, signed_parabolic, two_hot, two_hot_mean
-from mbrl.types import MDP, Array, Box, EnvSpec, Key, Outcome, Params, Predictor
+from mbrl.types import MDP, Array, Box, EnvSpec, Key, Network, Outcome, Params, Predictor
 
 GRADIENT_SCALE = 0.5
 """Of the latent that enters the dynamics, so that long unrolls do not outweigh short ones."""
@@ -144,6 +144,60 @@ def unit_range(x: Array) -> Array:
     return (x - low) / jnp.maximum(high - low, 1e-5)
 
 
+class _Networks(NamedTuple):
+    encoder: observation.Encoder
+    latent: Network
+    dynamics: Network
+    policy: Network
+    value: Network
+    reward: Network
+    projector: Network
+    guess: Network
+
+
+def _networks(
+    spec: EnvSpec, config: ValueEquivalentConfig, reward: Scalar, value: Scalar
+) -> _Networks:
+    def net(layers: int, out: int, scale: float = 1.0) -> Network:
+        hidden = (config.hidden,) * layers
+        return mlp(hidden, out, "silu", "fan_in", config.dtype, "layer", scale)
+
+    def heads(scale: Scalar) -> Network:
+        return ensemble(net(1, scale.bins.shape[0], 0.0), config.members)
+
+    encoder = observation.Encoder(config.hidden, config.depth, config.dtype)
+    policy = net(1, policies.num_outputs(spec.action), 0.0)
+    return _Networks(
+        encoder, net(1, config.latent), net(2, config.latent), policy, heads(value), heads(reward),
+        net(1, config.latent), net(1, config.latent),
+    )  # fmt: skip
+
+
+def _init(
+    spec: EnvSpec, config: ValueEquivalentConfig, nets: _Networks, key: Key
+) -> ValueEquivalentState:
+    keys = iter(jax.random.split(key, 8))
+    obs = spaces.zeros(spec.observation, (1,))
+    moments = normalization.empty((observation.vector_of(spec.observation, obs).shape[-1],))
+    prepared = observation.prepare(spec.observation, obs, moments)
+    variables: Any = nets.encoder.init(next(keys), prepared)
+    tokens: Any = nets.encoder.apply(variables, prepared)
+    latent = jnp.zeros((1, config.latent))
+    action = spaces.encode_action(spec.action, spaces.zeros(spec.action, (1,)))
+    members = jnp.broadcast_to(latent, (config.members, *latent.shape))
+    weights = {
+        "encoder": variables["params"],
+        "latent": nets.latent.init(next(keys), tokens),
+        "dynamics": nets.dynamics.init(next(keys), jnp.concatenate([latent, action], -1)),
+        "policy": nets.policy.init(next(keys), latent),
+        "value": nets.value.init(next(keys), members),
+        "reward": nets.reward.init(next(keys), members),
+        "projector": nets.projector.init(next(keys), latent),
+        "guess": nets.guess.init(next(keys), latent),
+    }
+    return ValueEquivalentState(weights, moments)
+
+
 def value_equivalent(
     spec: EnvSpec, config: ValueEquivalentConfig = ValueEquivalentConfig()
 ) -> ValueEquivalent:
@@ -157,69 +211,42 @@ def value_equivalent(
     """
     reward_scale = scalar(config.max_reward, config.bins_per_unit)
     value_scale = scalar(config.max_value, config.bins_per_unit)
-    width, num_latent = config.hidden, config.latent
-
-    def net(layers: int, out: int, scale: float = 1.0) -> Any:
-        return mlp((width,) * layers, out, "silu", "fan_in", config.dtype, "layer", scale)
-
-    encoder = observation.Encoder(width, config.depth, config.dtype)
-    to_latent, dynamics = net(1, num_latent), net(2, num_latent)
-    policy_head = net(1, policies.num_outputs(spec.action), 0.0)
-    value_head = ensemble(net(1, value_scale.bins.shape[0], 0.0), config.members)
-    reward_head = ensemble(net(1, reward_scale.bins.shape[0], 0.0), config.members)
-    projector, guess = net(1, num_latent), net(1, num_latent)
+    num_latent = config.latent
+    nets = _networks(spec, config, reward_scale, value_scale)
 
     def init(key: Key) -> ValueEquivalentState:
-        keys = iter(jax.random.split(key, 8))
-        obs = spaces.zeros(spec.observation, (1,))
-        size = observation.vector_of(spec.observation, obs).shape[-1]
-        moments = normalization.empty((size,))
-        prepared = observation.prepare(spec.observation, obs, moments)
-        variables: Any = encoder.init(next(keys), prepared)
-        tokens: Any = encoder.apply(variables, prepared)
-        latent = jnp.zeros((1, num_latent))
-        action = spaces.encode_action(spec.action, spaces.zeros(spec.action, (1,)))
-        members = jnp.broadcast_to(latent, (config.members, 1, num_latent))
-        weights = {
-            "encoder": variables["params"],
-            "latent": to_latent.init(next(keys), tokens),
-            "dynamics": dynamics.init(next(keys), jnp.concatenate([latent, action], -1)),
-            "policy": policy_head.init(next(keys), latent),
-            "value": value_head.init(next(keys), members),
-            "reward": reward_head.init(next(keys), members),
-            "projector": projector.init(next(keys), latent),
-            "guess": guess.init(next(keys), latent),
-        }
-        return ValueEquivalentState(weights, moments)
+        return _init(spec, config, nets, key)
 
     def standardize(moments: Moments, obs: Any, mask: Array) -> Moments:
         return normalization.update(moments, observation.vector_of(spec.observation, obs), mask)
 
     def represent(state: ValueEquivalentState, obs: Any) -> Array:
         prepared = observation.prepare(spec.observation, obs, state.moments)
-        tokens: Any = encoder.apply({"params": state.weights["encoder"]}, prepared)
-        return unit_range(to_latent.apply(state.weights["latent"], tokens))
+        tokens: Any = nets.encoder.apply({"params": state.weights["encoder"]}, prepared)
+        return unit_range(nets.latent.apply(state.weights["latent"], tokens))
 
     def advance(weights: Params, latent: Array, action: Array) -> Array:
         encoded = spaces.encode_action(spec.action, action)
-        change = dynamics.apply(weights["dynamics"], jnp.concatenate([latent, encoded], -1))
+        change = nets.dynamics.apply(weights["dynamics"], jnp.concatenate([latent, encoded], -1))
         return unit_range(latent + change)
 
     def heads(head: Any, weights: Params, latent: Array) -> Array:
         return head.apply(weights, jnp.broadcast_to(latent, (config.members, *latent.shape)))
 
     def predict(weights: Params, latent: Array) -> tuple[Array, Array]:
-        policy = policy_head.apply(weights["policy"], latent)
-        return policy, heads(value_head, weights["value"], latent)
+        policy = nets.policy.apply(weights["policy"], latent)
+        return policy, heads(nets.value, weights["value"], latent)
 
     def unroll(state: ValueEquivalentState, obs: Any, action: Array) -> Unrolled:
         weights = state.weights
 
         def see(latent: Array) -> Unrolled:
             policy, value = predict(weights, latent)
-            reward = heads(reward_head, weights["reward"], latent)
-            projected = projector.apply(weights["projector"], latent)
-            return Unrolled(latent, policy, value, reward, guess.apply(weights["guess"], projected))
+            reward = heads(nets.reward, weights["reward"], latent)
+            projected = nets.projector.apply(weights["projector"], latent)
+            return Unrolled(
+                latent, policy, value, reward, nets.guess.apply(weights["guess"], projected)
+            )
 
         def step(latent: Array, action: Array) -> tuple[Array, Unrolled]:
             latent = advance(weights, scale_gradient(latent, GRADIENT_SCALE), action)
@@ -230,7 +257,7 @@ def value_equivalent(
         return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), see(start), rest)
 
     def project(state: ValueEquivalentState, obs: Any) -> Array:
-        return projector.apply(state.weights["projector"], represent(state, obs))
+        return nets.projector.apply(state.weights["projector"], represent(state, obs))
 
     def mdp_init(state: ValueEquivalentState, key: Key, obs: Any = None, batch: int = 1) -> Array:
         del key, batch
@@ -246,8 +273,8 @@ def value_equivalent(
     ) -> tuple[Array, Outcome]:
         del key
         latent = advance(state.weights, latent, action)
-        reward = reward_scale.mean(heads(reward_head, state.weights["reward"], latent))
-        value = value_scale.mean(heads(value_head, state.weights["value"], latent))
+        reward = reward_scale.mean(heads(nets.reward, state.weights["reward"], latent))
+        value = value_scale.mean(heads(nets.value, state.weights["value"], latent))
         spread = jnp.sqrt(reward.var(0) + value.var(0))
         return latent, Outcome(reward.mean(0), jnp.ones(latent.shape[0]), spread)
 

@@ -254,12 +254,13 @@ def test_what_is_not_a_number_neither_wins_nor_hides_the_difference_of_others(me
     params.reward[:, 2:] = np.linspace(0.0, 1e-3, 6)  # close to each other, the last is best
     params.reward[:, :2] = 0.0
     clean = gamble(params, method)
-    broken = params._replace(reward=params.reward.copy(), value=params.value.copy())
+    broken = jax.tree.map(np.copy, params)
     odd = np.arange(MANY) % 2 == 1
     broken.reward[odd, 0] = np.resize([np.nan, np.inf, -np.inf, 1e38], odd.sum())
     broken.value[odd, 1] = np.nan
     if method == "gumbel":
         broken.logits[odd, :2] = 4.0  # the prior wants them
+        broken.root[odd] = -9.0  # hence what is given to them lies far from the others
     found = gamble(broken, method)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
     np.testing.assert_array_equal(found.action, ARMS - 1)
