@@ -43,20 +43,30 @@ class Node(NamedTuple):
 
 
 def avoid_broken(qtransform: Callable[..., Array]) -> Callable[[Any, Array], Array]:
-    """Keep broken children out of the scale of their siblings, and out of any choice."""
+    """Keep broken children out of the scale of their siblings, and out of any choice.
+
+    They stand in at the mean of the intact ones that were visited, which extends no range, and
+    get a score of their own afterwards.
+    """
 
     def transform(tree: Any, index: Array) -> Array:
-        child = tree.children_index[index]
+        child, visits = tree.children_index[index], tree.children_visits[index]
         broken = (child >= 0) & tree.embeddings.broken[child]
+        intact = (visits > 0) & ~broken
+        total = jnp.sum(jnp.where(intact, tree.qvalues(index), 0.0))
+        mean = jnp.where(intact.any(), total / jnp.maximum(intact.sum(), 1), tree.raw_values[index])
         row = {
             name: getattr(tree, name)[index][None]
             for name in (
                 "node_values", "raw_values", "children_prior_logits", "children_values",
-                "children_rewards", "children_discounts",
+                "children_visits",
             )
         }  # fmt: skip
-        visits = jnp.where(broken, 0, tree.children_visits[index])[None]
-        alone = tree.replace(**row, children_visits=visits)
+        alone = tree.replace(
+            children_rewards=jnp.where(broken, mean, tree.children_rewards[index])[None],
+            children_discounts=jnp.where(broken, 0.0, tree.children_discounts[index])[None],
+            **row,
+        )
         return jnp.where(broken, _BROKEN, qtransform(alone, jnp.zeros((), jnp.int32)))
 
     return transform

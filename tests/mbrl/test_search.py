@@ -107,6 +107,40 @@ def test_chooses_as_an_exhaustive_search_does(method):
     assert np.all(found.qvalues <= returns + 1e-5)
 
 
+def test_a_model_without_faults_is_searched_as_mctx_does():
+    def expand(rewards: Any, key: Any, action: Any, state: Any) -> Any:
+        state, outcome = climb(rewards, state, action)
+        make: Any = mctx.RecurrentFnOutput
+        step = make(
+            reward=outcome.reward, discount=GAMMA * outcome.discount, value=jnp.zeros(ROWS),
+            prior_logits=jnp.zeros((ROWS, ACTIONS)),
+        )  # fmt: skip
+        return step, state
+
+    @jax.jit
+    def run(rewards: Any) -> Any:
+        make: Any = mctx.RootFnOutput
+        place = Place(jnp.arange(ROWS), jnp.zeros(ROWS, jnp.int32))
+        root = make(
+            prior_logits=jnp.zeros((ROWS, ACTIONS)), value=jnp.zeros(ROWS), embedding=place
+        )  # fmt: skip
+        transform: Any = functools.partial(
+            mctx.qtransform_completed_by_mix_value, maxvisit_init=5.0
+        )
+        out = mctx.gumbel_muzero_policy(
+            rewards, KEY, root, expand, 400, max_depth=DEPTH, qtransform=transform, gumbel_scale=0.0
+        )
+        summary = out.search_tree.summary()
+        return out.action, out.action_weights, summary.value, summary.qvalues
+
+    found = climb_from("gumbel")
+    ours = found.action, found.weights, found.value, found.qvalues
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        ours, run(jnp.float32(REWARDS)),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_through_a_broken_step_is_given_up_and_spoils_no_other(method):
     def lost(broken: float) -> Any:
@@ -266,7 +300,8 @@ def test_what_is_not_a_number_neither_wins_nor_hides_the_difference_of_others(me
     np.testing.assert_array_equal(found.action, ARMS - 1)
     weights = np.asarray(found.weights)[odd]
     assert np.all(weights[:, :2] == 0.0)
-    assert np.all(weights[:, -1] > weights[:, 2])
+    # By what they are preferred to each other is relative to what the others bring.
+    assert np.all(weights[:, -1] > 1.5 * weights[:, 2:-1].max(1))
     # Other rows see nothing of it.
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[~odd], y[~odd]), found, clean)
     lost = params._replace(reward=np.full_like(params.reward, np.nan), root=params.root + np.nan)
@@ -303,6 +338,13 @@ def test_the_temperature_is_that_of_the_choice_among_visits():
     np.testing.assert_allclose(acted, expected, atol=0.06)
     assert np.all(weights[rows, hot.action] > 0.0)
     assert expected[1] < acted[0] - 0.1
+    # Without noise ties are broken alike for all keys.
+    even = params._replace(
+        logits=0 * params.logits, reward=0 * params.reward, root=0 * params.root
+    )  # fmt: skip
+    one, two = (gamble(even, "puct", seed=seed) for seed in range(2))
+    assert np.all((one.weights == np.max(one.weights, 1, keepdims=True)).sum(1) > 1)
+    np.testing.assert_array_equal(one.action, two.action)
 
 
 # Rules inside the tree: a ring of 4 places where one action is against the rules.
@@ -439,25 +481,41 @@ def test_candidates_of_the_policy_alone_are_all_as_likely():
 # What mctx is told.
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Collect what Gumbel MuZero is called with."""
+    calls, policy = [], mctx.gumbel_muzero_policy
+
+    def spy(**kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return policy(**kwargs)
+
+    monkeypatch.setattr(mctx, "gumbel_muzero_policy", spy)
+    return calls
+
+
 @pytest.mark.parametrize(
     ("simulations", "considered", "want"), [(4, 16, 4), (32, 16, 8), (32, 3, 3)]
 )
 def test_no_more_actions_are_considered_than_there_are_or_can_be_tried(
-    monkeypatch, simulations, considered, want
+    told, simulations, considered, want
 ):
-    seen = []
-    policy = mctx.gumbel_muzero_policy
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["max_num_considered_actions"])
-        return policy(*args, **kwargs)
-
-    monkeypatch.setattr(mctx, "gumbel_muzero_policy", spy)
     config = SearchConfig(simulations=simulations, max_considered=considered)
     find = search(simple_mdp(Discrete(ARMS), pull), Predictor(tell), config)
     state = Pull(jnp.arange(2), jnp.full(2, -1))
     jax.eval_shape(find, jax.tree.map(jnp.float32, tables(2)), KEY, state)
-    assert seen == [want]
+    assert [call["max_num_considered_actions"] for call in told] == [want]
+
+
+def test_the_planner_hands_its_settings_on(told):
+    config = PlannerConfig("search", horizon=6, population=50, elites=20)
+    mpc = planner(simple_mdp(AREA, shoot), config)
+    params = Aim(None, jnp.zeros(2), jnp.zeros(()))
+    jax.eval_shape(mpc.plan, params, KEY, jnp.zeros(3), mpc.init(3))
+    (call,) = told
+    assert (call["num_simulations"], call["max_depth"]) == (50, 6)
+    assert call["root"].prior_logits.shape == (3, 20)
+    assert call["max_num_considered_actions"] == 20  # all of them, whatever their prior
 
 
 def dice(params: Any, key: Any, state: Any, action: Any) -> Any:
@@ -547,11 +605,15 @@ def test_the_planner_evaluates_what_it_announces_no_deeper_than_the_horizon():
 
     config = PlannerConfig("search", horizon=2, population=7, particles=5, iterations=3)
     mpc = planner(simple_mdp(Discrete(2), step), config, value=lambda p, s: 3.0 * s)
-    _, _, info = jax.jit(mpc.plan)(None, KEY, jnp.zeros(1), mpc.init(1))
+    plan = jax.jit(mpc.plan)
+    _, _, info = plan(None, KEY, jnp.zeros(1), mpc.init(1))
     jax.effects_barrier()
     assert len(seen) == config.evaluations() == 7
     assert np.max(seen) == 1.0  # from the root at 0 to the last step at 1
     assert 0.0 < info["value"][0] < 6.0  # leaves are worth 3 or 6, the root 0
+    # All actions are alike, and no noise prefers one.
+    actions = [plan(None, jax.random.key(s), jnp.zeros(1), mpc.init(1))[0] for s in range(5)]
+    assert len(np.unique(actions)) == 1
 
 
 @pytest.mark.parametrize(
