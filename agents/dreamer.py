@@ -190,8 +190,9 @@ def make_dreamer(
         the learned one.
 
     Raises:
-      ValueError: for unbounded actions, and impossible settings.
+      ValueError: for unbounded actions, two players, and impossible settings.
     """
+    spaces.check_one_player(spec, "Dreamer")
     _check(config)
     sampling = replay.minibatches(
         config.train_ratio, config.batch_size, config.length + 1, config.capacity,
@@ -249,10 +250,7 @@ def make_dreamer(
         weights = cast(Weights, optax.apply_updates(state.weights, updates))
         slow_value = optim.polyak(state.slow_value, weights.value, config.slow_rate)
         counts = cast(optim.FiniteState, opt_state)
-        metrics = found.metrics | {
-            "model/skipped_updates": counts.skipped.astype(jnp.float32),
-            "model/skipped_in_a_row": counts.consecutive.astype(jnp.float32),
-        }
+        metrics = found.metrics | optim.skipped(counts)
         # The latent before a sequence stays as it was: nothing newer is known of it. After a
         # skipped update everything does, or its NaN would spoil all that follow.
         applied = counts.consecutive == 0

@@ -21,7 +21,7 @@ from mbrl.models.probabilistic import ProbabilisticEnsemble, Target, probabilist
 from mbrl.models.propagation import EnsembleState, Propagation
 from mbrl.models.reward import RewardModel, RewardState, given_reward, reward_model
 from mbrl.models.termination import cautious
-from mbrl.models.value import ValueModel, ValueState, value_model
+from mbrl.models.value import ValueModel, ValueState, terminal_value, value_model
 from mbrl.planning import PlannerConfig, planner
 from mbrl.settings import check_whole, check_within
 from mbrl.types import (
@@ -158,8 +158,9 @@ def make_pets(
         learned one.
 
     Raises:
-      ValueError: for spaces that PETS cannot model, and impossible settings.
+      ValueError: for tasks that PETS cannot model, and impossible settings.
     """
+    spaces.check_one_player(spec, "PETS")
     _check(spec, config, reward_fn is not None)
     model, reward, value = _models(spec, config, network)
     source = reward if reward_fn is None else given_reward(reward_fn)
@@ -174,12 +175,9 @@ def make_pets(
     ending_config = FitConfig(config.batch_size, config.termination_epochs, bootstrap=False)
 
     def controller(after: ValueState | None = None) -> Planner:
-        def terminal(params: Any, imagined: Any) -> Array:
-            # The least of the members: a planner seeks what one of them overestimates.
-            assert value is not None and after is not None
-            return value.predict(after, mdp.observe(params, imagined)).min(0)
-
-        return planner(mdp, config.planner, value=None if after is None else terminal)
+        if value is None or after is None:
+            return planner(mdp, config.planner)
+        return planner(mdp, config.planner, value=terminal_value(value, after, mdp))
 
     def planning_params(state: PETSState, mode: Mode) -> Any:
         model = _cautious(state.model) if mode == "greedy" else state.model
@@ -330,9 +328,7 @@ def _cautious(model: EnsembleState) -> EnsembleState:
 
 def _metrics(part: str, opt: Any, metrics: Metrics) -> Metrics:
     found = {name.replace("model", part, 1): value for name, value in metrics.items()}
-    found[f"{part}/skipped_updates"] = opt.skipped.astype(jnp.float32)
-    found[f"{part}/skipped_in_a_row"] = opt.consecutive.astype(jnp.float32)
-    return found
+    return found | optim.skipped(opt, part)
 
 
 def _check(spec: EnvSpec, config: PETSConfig, reward_given: bool) -> None:

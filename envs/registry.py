@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -24,12 +25,14 @@ from envs.ondevice import (
     cartpole,
     cartpole_swingup,
     catch,
+    connect_four,
     gridworld,
     memory_chain,
     mountain_car,
     pendulum,
     pixel_catch,
     pixel_gridworld,
+    tic_tac_toe,
 )
 from envs.spec import observation_space
 from mbrl.types import MDP
@@ -45,6 +48,11 @@ DEVICE: dict[str, Callable[..., MDP]] = {
     "device/PixelCatch": pixel_catch.make,
     "device/PixelGridWorld": pixel_gridworld.make,
     "device/MemoryChain": memory_chain.make,
+    "device/TicTacToe": partial(tic_tac_toe.make, "self"),
+    "device/TicTacToeRandom": partial(tic_tac_toe.make, "random"),
+    "device/TicTacToePerfect": partial(tic_tac_toe.make, "perfect"),
+    "device/ConnectFour": partial(connect_four.make, "self"),
+    "device/ConnectFourRandom": partial(connect_four.make, "random"),
 }
 """Factories of the simulators that run on the device."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +194,19 @@ def apply_if_finite_counted(
         return updates, FiniteState(kept, *counts)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def falling(rate: Array | float, updates: int) -> Any:
+    """Return a step size that falls to a tenth along a cosine over `updates`; 0 = constant."""
+    return optax.cosine_decay_schedule(cast(Any, rate), updates, 0.1) if updates else rate
+
+
+def skipped(state: FiniteState, part: str = "model") -> dict[str, Array]:
+    """Return the counts of skipped updates as metrics of `part`."""
+    return {
+        f"{part}/skipped_updates": state.skipped.astype(jnp.float32),
+        f"{part}/skipped_in_a_row": state.consecutive.astype(jnp.float32),
+    }
 
 
 def polyak(target: Params, online: Params, tau: Array | float) -> Params:

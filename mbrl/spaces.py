@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl.types import Array, Box, Discrete, Key, MultiDiscrete, Space
+from mbrl.types import Array, Box, Discrete, EnvSpec, Key, MultiDiscrete, Space
 
 
 def box(low: Any, high: Any, shape: tuple[int, ...] | None = None, dtype: Any = np.float32) -> Box:
@@ -42,8 +42,16 @@ def zeros(space: Space, batch: tuple[int, ...] = ()) -> Any:
     return {name: zeros(sub, batch) for name, sub in space.items()}
 
 
-def sample(space: Space, key: Key, batch: tuple[int, ...] = ()) -> Any:
+def sample(
+    space: Space, key: Key, batch: tuple[int, ...] = (), invalid: Array | None = None
+) -> Any:
     """Draw uniformly from a bounded space, leaves `[*batch, ...]`.
+
+    Args:
+      space: what to draw from.
+      key: consumed.
+      batch: leading axes.
+      invalid: bool [*batch, num], integers of a `Discrete` that are not drawn.
 
     Raises:
       ValueError: for a `Box` with a non-finite bound.
@@ -53,6 +61,8 @@ def sample(space: Space, key: Key, batch: tuple[int, ...] = ()) -> Any:
             low, high = finite_bounds(space, "space")
             u = jax.random.uniform(key, (*batch, *space.shape))
             return (low + (high - low) * u).astype(space.dtype)
+        case Discrete() if invalid is not None:
+            return jax.random.categorical(key, jnp.where(invalid, -1e9, 0.0))
         case Discrete():
             return jax.random.randint(key, batch, 0, space.num)
         case MultiDiscrete():
@@ -60,6 +70,47 @@ def sample(space: Space, key: Key, batch: tuple[int, ...] = ()) -> Any:
     names = sorted(space)
     keys = jax.random.split(key, len(names))
     return {name: sample(space[name], k, batch) for name, k in zip(names, keys, strict=True)}
+
+
+ACTION_MASK = "action_mask"
+"""Entry of a Dict observation, [num]: 0 marks what a Discrete action may not be."""
+
+
+def invalid_actions(spec: EnvSpec, obs: Any) -> Array | None:
+    """Read the mask of illegal actions from observations [B, ...].
+
+    Returns:
+      bool [B, num], nothing in it where the mask allows nothing (at the end of an episode); or
+      None for a task whose observations have no entry `ACTION_MASK`.
+
+    Raises:
+      ValueError: for a mask that does not fit the action space.
+    """
+    if not isinstance(spec.observation, Mapping) or ACTION_MASK not in spec.observation:
+        return None
+    mask = spec.observation[ACTION_MASK]
+    shape = zeros(mask).shape if not isinstance(mask, Mapping) else None
+    if not isinstance(spec.action, Discrete) or shape != (spec.action.num,):
+        raise ValueError(
+            f"{ACTION_MASK} of {spec.id}: got {mask} for the actions {spec.action}, expected one "
+            "number per Discrete action; rename the entry if it is no mask"
+        )
+    invalid = obs[ACTION_MASK] == 0
+    return invalid & ~invalid.all(-1, keepdims=True)
+
+
+def check_one_player(spec: EnvSpec, agent: str) -> None:
+    """Refuse a task of two players for an agent that knows of none but itself.
+
+    Raises:
+      ValueError: naming the task and `agent`.
+    """
+    if spec.players != 1:
+        raise ValueError(
+            f"players: {spec.id} has {spec.players}, {agent} expected 1, or the rewards of another "
+            "count as its own; train against an opponent (such as device/TicTacToeRandom), or with "
+            "`mbrl train muzero`"
+        )
 
 
 def finite_bounds(space: Box, name: str) -> tuple[Array, Array]:

@@ -62,12 +62,15 @@ class EnvSpec(NamedTuple):
       observation: space of one observation.
       action: space of one action, in the units of the environment.
       max_episode_steps: steps after which an episode is truncated; None = never.
+      players: 1, or 2 where two players alternate: the reward of a step is that of the player
+        who has acted, the observation that of the one who acts next.
     """
 
     id: str
     observation: Space
     action: Space
     max_episode_steps: int | None = None
+    players: int = 1
 
 
 class Outcome(NamedTuple):
@@ -211,11 +214,14 @@ class Batch(NamedTuple):
         a transition whose successor is row `(t + 1) % C`.
       index: int32 `[..., 2]` (environment, ring row) of the first record of each
         sequence: the address for `feedback`. None for 'latest' and 'all'.
+      odds: [K, B] how much likelier each sequence was to be drawn than on average: the
+        inverse of its importance weight. None where all are alike.
     """
 
     record: Record
     valid: Array
     index: Array | None = None
+    odds: Array | None = None
 
 
 class SampleSpec(NamedTuple):
@@ -231,6 +237,8 @@ class SampleSpec(NamedTuple):
         holds several calls' worth of steps.
       batch_size: sequences per minibatch ('sequences').
       length: records per sequence ('sequences', 'latest').
+      priority: name of an entry of the extras, [] per record: sequences are drawn in
+        proportion to that of their first record; '' = uniformly.
     """
 
     kind: Literal["sequences", "latest", "all"]
@@ -240,6 +248,7 @@ class SampleSpec(NamedTuple):
     updates: int = 1
     batch_size: int = 1
     length: int = 2
+    priority: str = ""
 
 
 Mode = Literal["random", "explore", "greedy"]

@@ -31,7 +31,7 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the start states."""
     env: str | None = None
-    """Another environment id with the same spaces."""
+    """Another environment id with the same spaces, for the agent as it was trained."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
     video: str = ""
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> int:
         for name, seed in result["seeds"].items():
             print(
                 f"  seed {name}: mean {seed['return_mean']:.1f}  std {seed['return_std']:.1f}  "
-                f"IQM {seed['return_iqm']:.1f}  ({config.episodes} episodes)"
+                f"IQM {seed['return_iqm']:.1f}  min {min(seed['returns']):.1f}  "
+                f"max {max(seed['returns']):.1f}  ({config.episodes} episodes)"
             )
     return 0
 

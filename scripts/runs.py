@@ -58,7 +58,7 @@ class Run(NamedTuple):
       driver: how much to run.
       on_bad: policy for numbers that are not finite.
       env: a device MDP, or None when the environment lives on the host.
-      spec: spaces of the environment.
+      spec: of the task that the agent is trained on.
       options: further arguments of `envs.make`.
       data: file of recorded data to train on instead of the environment, or ''.
       replay: where it is kept while training: 'device', 'host' or 'disk'.
@@ -342,7 +342,8 @@ def load(directory: Path, env_id: str | None = None) -> Run:
 
     Args:
       directory: of the run.
-      env_id: another environment with the same spaces.
+      env_id: another environment with the same spaces; the agent stays that of the task which
+        it was trained on.
 
     Raises:
       ValueError: when there is no run, or the spaces differ.
@@ -362,14 +363,19 @@ def load(directory: Path, env_id: str | None = None) -> Run:
     if env_id is None or env_id == run.env_id:
         return run
     other = build(name, config, env_id, *rest)
+    check_spaces(env_id, other.spec, run.env_id, run.spec)
+    return other._replace(spec=run.spec)
+
+
+def check_spaces(env_id: str, spec: EnvSpec, known_id: str, known: EnvSpec) -> None:
+    """Refuse an environment whose spaces are not those of the one that is known."""
     for part in ("observation", "action"):
-        before, now = (spaces.describe(getattr(r.spec, part)) for r in (run, other))
+        before, now = (spaces.describe(getattr(s, part)) for s in (known, spec))
         if not _alike(before, now):
             raise ValueError(
-                f"--env {env_id}: its {part} space {now} differs from that of {run.env_id}, "
-                f"{before}; evaluate on an environment with the same spaces"
+                f"--env {env_id}: its {part} space {now} differs from that of {known_id}, "
+                f"{before}; name an environment with the same spaces"
             )
-    return other
 
 
 def _alike(a: Any, b: Any) -> bool:

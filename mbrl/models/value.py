@@ -17,7 +17,7 @@ from mbrl import normalization, spaces
 from mbrl.networks.core import ensemble, mlp
 from mbrl.normalization import Moments
 from mbrl.returns import lambda_returns
-from mbrl.types import Array, Batch, EnvSpec, Key, Metrics, Network, Params
+from mbrl.types import MDP, Array, Batch, EnvSpec, Key, Metrics, Network, Params, State
 
 
 class ValueState(NamedTuple):
@@ -86,6 +86,24 @@ def ring_returns(batch: Batch, value: Array, gamma: Array | float, lambda_: Arra
     discount = gamma * (1.0 - after(record.is_terminal))
     trace = lambda_ * after(batch.valid)
     return jax.vmap(lambda_returns)(after(record.reward), discount, after(value), trace)
+
+
+def terminal_value(
+    value: ValueModel, state: ValueState, mdp: MDP
+) -> Callable[[Params, State], Array]:
+    """Make the value of where a plan ends: the least of the members.
+
+    A planner seeks what any one of them overestimates.
+
+    Args:
+      value: the ensemble.
+      state: its parameters.
+      mdp: model that is planned in; its observations are those of `value`.
+
+    Returns:
+      `(params, state) -> [B]`, for `mbrl.planning`.
+    """
+    return lambda params, imagined: value.predict(state, mdp.observe(params, imagined)).min(0)
 
 
 def value_model(

@@ -37,6 +37,11 @@ def test_device_ids_are_their_own_name(id):
             "PixelCatch": 16,
             "PixelGridWorld": 100,
             "MemoryChain": 22,
+            "TicTacToe": 9,
+            "TicTacToeRandom": 5,
+            "TicTacToePerfect": 5,
+            "ConnectFour": 42,
+            "ConnectFourRandom": 21,
         }[id.removeprefix("device/")]
     )
 
@@ -48,6 +53,8 @@ def test_device_arguments():
     assert mdp.observe(None, mdp.init(None, jax.random.key(0), batch=2)).shape == (2, 9)
     with pytest.raises(ValueError, match=r"unknown arguments \['sizes'\], expected some of \['max"):
         envs.make("device/GridWorld", sizes=3)
+    with pytest.raises(ValueError, match=r"TicTacToeRandom: unknown arguments \['opponent'\]"):
+        envs.make("device/TicTacToeRandom", opponent="self")
 
 
 def test_gymnasium_ids_become_host_environments():
