@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from mbrl import optim, replay, spaces
-from mbrl.losses.value_equivalent import Targets, cosine_error, unroll_targets, unroll_weights
+from mbrl.losses.value_equivalent import (
+    Targets,
+    bootstrap_rows,
+    cosine_error,
+    unroll_targets,
+    unroll_weights,
+)
 from mbrl.mdp import penalized
 from mbrl.models.value_equivalent import (
     ValueEquivalent,
@@ -26,7 +32,7 @@ from mbrl.models.value_equivalent import (
     value_equivalent,
 )
 from mbrl.planning.search import Found, SearchConfig, search
-from mbrl.policies import Policy
+from mbrl.policies import weighted_nll
 from mbrl.settings import check_whole, check_within
 from mbrl.types import (
     Agent,
@@ -57,22 +63,14 @@ class MuZeroConfig:
     """Actions K that the model is unrolled over in training (P)."""
     td_steps: int = 40
     """Rewards per value target before it bootstraps (P: 5 to 10; M)."""
+    td_age: int = 0
+    """Updates of age after which a target has one reward less (EfficientZero); 0 = never."""
     discount: float = 0.997
     """Per step (P)."""
-    latent: int = 32
-    """Width of the latent state (M)."""
-    hidden: int = 64
-    """Width of the hidden layers (M)."""
-    depth: int = 8
-    """Unit of the channels of convolutions, for images."""
-    members: int = 1
-    """Heads for reward and value; several make `penalty` possible."""
+    model: ValueEquivalentConfig = ValueEquivalentConfig(latent=32, hidden=64)
+    """Size of the model, and range of rewards and values (M)."""
     penalty: float = 0.0
     """Reward subtracted per standard deviation of the heads in the search; < 0 is optimism."""
-    max_reward: float = 1.0
-    """Largest magnitude of a reward that is told apart."""
-    max_value: float = 0.0
-    """Largest magnitude of a return that is told apart; 0 = max_reward / (1 - discount)."""
     reanalyse: float = 0.0
     """Share of every batch whose policy targets are searched again."""
     bootstrap: Literal["target", "search"] = "target"
@@ -89,6 +87,13 @@ class MuZeroConfig:
     """Decoupled decay of the kernels (P)."""
     clip_norm: float = 5.0
     """Gradient norm above which it is scaled down."""
+    priority: float = 0.0
+    """Exponent of a sequence's error of value in its chance to be drawn (P: 1); 0 = uniform."""
+    correction: float = 0.4
+    """Exponent of the importance weights that make up for it (P: 1)."""
+    anneal: int = 0
+    """Updates over which `correction` rises to 1, the step size falls to a tenth and the
+    temperature of puct to a quarter; 0 = never."""
     batch_size: int = 128
     """Sequences per update (P: 1024)."""
     train_ratio: float = 0.25
@@ -102,18 +107,15 @@ class MuZeroConfig:
         check_whole(
             self, "simulations", "candidates", "unroll", "td_steps", "target_every", "batch_size"
         )
+        check_whole(self, "td_age", "anneal", least=0)
         check_within(self, "discount", 0, 1, "(]")
         check_within(self, "reanalyse", 0, 1)
-        check_within(self, "max_value", 0)
-        if not self.max_value and not isinstance(self.discount, Array) and self.discount >= 1:
+        check_within(self, "priority", 0)
+        check_within(self, "correction", 0, 1)
+        if self.model.members == 1 and isinstance(self.penalty, float) and self.penalty:
             raise ValueError(
-                "max_value: got 0 with discount=1, expected the largest return that may occur; "
-                "pass for example --max-value 1"
-            )
-        if self.members == 1 and isinstance(self.penalty, float) and self.penalty:
-            raise ValueError(
-                f"members: got 1 with penalty={self.penalty}, expected several heads to disagree; "
-                "set for example --members 5"
+                f"model.members: got 1 with penalty={self.penalty}, expected several heads to "
+                "disagree; set for example --model.members 5"
             )
 
 
@@ -124,6 +126,8 @@ class MuZeroState(NamedTuple):
     target: ValueEquivalentState
     opt_state: optax.OptState
     updates: Array
+    priority: Array
+    """Of new records: the greatest of the last batch."""
 
 
 def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
@@ -137,47 +141,55 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
       ValueError: for other action spaces, and impossible settings.
     """
     _check(spec)
-    model = _model(spec, config)
+    model = value_equivalent(spec, config.model, config.discount)
     find = search(
-        penalized(model.mdp, config.penalty) if config.members > 1 else model.mdp,
+        penalized(model.mdp, config.penalty) if config.model.members > 1 else model.mdp,
         model.predictor,
         SearchConfig(
             method=config.method, simulations=config.simulations, candidates=config.candidates,
-            discount=config.discount,
+            discount=config.discount, two_player=spec.players == 2,
         ),
     )  # fmt: skip
     sampling = replay.minibatches(
         config.train_ratio, config.batch_size, config.unroll + config.td_steps + 1,
-        config.capacity, config.random_steps,
+        config.capacity, config.random_steps, "priority" if config.priority else "",
     )  # fmt: skip
+    rate = optim.falling(config.learning_rate, config.anneal)
     optimizer = optim.apply_if_finite_counted(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            optax.adamw(
-                config.learning_rate, weight_decay=config.weight_decay, mask=optim.decay_mask
-            ),
+            optax.adamw(rate, weight_decay=config.weight_decay, mask=optim.decay_mask),
         )
     )
 
     def init(key: Key) -> MuZeroState:
         state = model.init(key)
         opt_state = optimizer.init(state.weights)
-        return MuZeroState(state, jax.tree.map(jnp.copy, state), opt_state, jnp.zeros((), int))
+        target = jax.tree.map(jnp.copy, state)
+        return MuZeroState(state, target, opt_state, jnp.zeros((), int), jnp.ones(()))
 
     def act(
         state: MuZeroState, carry: Any, obs: Any, is_first: Array, key: Key, mode: Mode
     ) -> tuple[Any, Any, Any]:
         init_key, search_key = jax.random.split(key)
         latent = model.mdp.init(state.model, init_key, obs)
+        invalid = spaces.invalid_actions(spec, obs)
         noise = 0.0 if mode == "greedy" else 1.0
-        found = find(state.model, search_key, latent, noise=noise, temperature=noise)
+        temperature = 1.0 - 0.75 * _progress(config, state.updates)
+        found = find(state.model, search_key, latent, invalid, noise, noise * temperature)
         action = found.action
         if mode == "random":
-            action = spaces.sample(spec.action, jax.random.fold_in(key, 2), is_first.shape)
-        return action, carry, _remember(spec, found)
+            random_key = jax.random.fold_in(key, 2)
+            action = spaces.sample(spec.action, random_key, is_first.shape, invalid)
+        extras = _remember(spec, found)
+        if config.td_age:
+            extras["born"] = jnp.broadcast_to(state.updates, is_first.shape)
+        if config.priority:
+            extras["priority"] = jnp.broadcast_to(state.priority, is_first.shape)
+        return action, carry, extras
 
-    def learn(state: MuZeroState, inputs: Any) -> tuple[MuZeroState, Metrics]:
-        record, valid, key = inputs
+    def learn(state: MuZeroState, inputs: Any) -> tuple[MuZeroState, tuple[Metrics, Any]]:
+        record, valid, odds, key = inputs
         before = state
         moments = model.standardize(state.model.moments, _rows(record.obs), valid.reshape(-1))
         state = state._replace(
@@ -185,40 +197,47 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
             target=state.target._replace(moments=moments),
         )
         record = _reanalysed(spec, config, model, find, state.target, record, key)
-        targets = _targets(config, model, state.target, record, valid)
+        targets = _targets(spec, config, model, state, record, valid)
+        rest = 1.0 - _progress(config, state.updates)
+        weight = replay.importance(odds, 1.0 - (1.0 - config.correction) * rest)
         grad_fn = jax.grad(partial(muzero_loss, spec, config, model), has_aux=True)
-        grads, metrics = grad_fn(state.model.weights, state, record, targets)
+        grads, (metrics, error) = grad_fn(state.model.weights, state, record, targets, weight)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model.weights)
         weights = cast(Params, optax.apply_updates(state.model.weights, updates))
         counts = cast(optim.FiniteState, opt_state)
-        metrics |= {
-            "model/skipped_updates": counts.skipped.astype(jnp.float32),
-            "model/skipped_in_a_row": counts.consecutive.astype(jnp.float32),
-        }
         copied = state.updates % config.target_every == config.target_every - 1
         target = jax.tree.map(partial(jnp.where, copied), weights, state.target.weights)
+        priority = (error + 1e-3) ** config.priority
         learned = MuZeroState(
             state.model._replace(weights=weights), state.target._replace(weights=target),
-            before.opt_state, state.updates + 1,
+            before.opt_state, state.updates + 1, priority.max(),
         )  # fmt: skip
         # After a skipped update everything stays as it was, moments included.
         applied = counts.consecutive == 0
         state = jax.tree.map(partial(jnp.where, applied), learned, before)
-        return state._replace(opt_state=opt_state), metrics
+        feedback = None
+        if config.priority:
+            old = record.extras["priority"][:, 0]
+            feedback = {"priority": jnp.where(applied, priority, old)[:, None]}
+        return state._replace(opt_state=opt_state), (metrics | optim.skipped(counts), feedback)
 
-    def update(state: MuZeroState, batch: Batch, key: Key) -> tuple[MuZeroState, Metrics, None]:
+    def update(state: MuZeroState, batch: Batch, key: Key) -> tuple[MuZeroState, Metrics, Any]:
         keys = jax.random.split(key, batch.valid.shape[0])
-        state, metrics = jax.lax.scan(learn, state, (batch.record, batch.valid, keys))
-        return state, jax.tree.map(lambda x: x.mean(0), metrics), None
+        inputs = batch.record, batch.valid, batch.odds, keys
+        state, (metrics, feedback) = jax.lax.scan(learn, state, inputs)
+        return state, jax.tree.map(lambda x: x.mean(0), metrics), feedback
 
     return Agent(init, lambda num_envs: (), act, update, sampling)
 
 
 def muzero_loss(
     spec: EnvSpec, config: MuZeroConfig, model: ValueEquivalent, weights: Params,
-    state: MuZeroState, record: Record, targets: Targets,
-) -> tuple[Array, Metrics]:  # fmt: skip
-    """Compute the loss of an unroll from the first of `record` [B, T, ...]."""
+    state: MuZeroState, record: Record, targets: Targets, weight: Array,
+) -> tuple[Array, tuple[Metrics, Array]]:  # fmt: skip
+    """Compute the loss of an unroll from the first of `record` [B, T, ...].
+
+    Also returned are metrics, and how far the first value is from its target, [B].
+    """
 
     def time_first(x: Array) -> Array:
         return jnp.swapaxes(x, 0, 1)
@@ -230,7 +249,7 @@ def muzero_loss(
     along = unroll_weights(config.unroll)[:, None]
 
     def average(error: Array, known: Array) -> Array:
-        return jnp.mean(jnp.sum(along * known * error, 0))
+        return jnp.mean(weight * jnp.sum(along * known * error, 0))
 
     value = model.value.nll(out.value, t.value[:, None]).mean(1)
     reward = model.reward.nll(out.reward, t.reward[:, None]).mean(1)
@@ -238,7 +257,10 @@ def muzero_loss(
     parts = {
         "value": average(value, t.has_value),
         "reward": average(reward, t.has_reward),
-        "policy": average(_policy_nll(spec, out.policy, extras), t.has_policy),
+        "policy": average(
+            weighted_nll(spec.action, out.policy, extras["weights"], extras.get("candidates")),
+            t.has_policy,
+        ),
     }
     loss = config.value_weight * parts["value"] + parts["reward"] + parts["policy"]
     if config.consistency:
@@ -248,20 +270,13 @@ def muzero_loss(
         parts["consistency"] = average(similar, t.has_policy.at[0].set(0.0))
         loss = loss + config.consistency * parts["consistency"]
     metrics = {f"model/{name}_loss": error for name, error in parts.items()}
-    metrics["model/value"] = jnp.mean(model.value.mean(out.value[0]))
+    first_value = model.value.mean(out.value[0]).mean(0)
+    metrics["model/value"] = jnp.mean(first_value)
     metrics["model/clipped_targets"] = jnp.mean(
         (model.value.clips(t.value) & (t.has_value > 0))
         | (model.reward.clips(t.reward) & (t.has_reward > 0))
     )
-    return loss, metrics
-
-
-def _policy_nll(spec: EnvSpec, out: Array, extras: Any) -> Array:
-    """Cross-entropy [K + 1, B] between the improved policy of the search and the head's."""
-    if isinstance(spec.action, Discrete):
-        return -jnp.sum(extras["weights"] * jax.nn.log_softmax(out, -1), -1)
-    law = Policy(spec.action, jnp.expand_dims(out, -2))
-    return -jnp.sum(extras["weights"] * law.log_prob(extras["candidates"]), -1)
+    return loss, (metrics, t.has_value[0] * jnp.abs(first_value - t.value[0]))
 
 
 def _remember(spec: EnvSpec, found: Found) -> dict[str, Array]:
@@ -277,17 +292,32 @@ def _rows(tree: Any) -> Any:
 
 
 def _targets(
-    config: MuZeroConfig, model: ValueEquivalent, target: ValueEquivalentState,
+    spec: EnvSpec, config: MuZeroConfig, model: ValueEquivalent, state: MuZeroState,
     record: Record, valid: Array,
 ) -> Targets:  # fmt: skip
+    steps = jnp.full(valid.shape[0], config.td_steps)
+    if config.td_age:  # old rewards are those of another policy
+        age = state.updates - record.extras["born"][:, 0]
+        steps = jnp.maximum(steps - age // config.td_age, 1)
     value = record.extras["value"]
     if config.bootstrap == "target":
-        latent = model.mdp.init(target, jax.random.key(0), _rows(record.obs))
-        value = model.predictor.predict(target, latent)[1].reshape(valid.shape)
-    compute = partial(
-        unroll_targets, unroll=config.unroll, n=config.td_steps, gamma=config.discount
-    )
-    return jax.tree.map(jax.lax.stop_gradient, jax.vmap(compute)(record, valid, value))
+        batch = jnp.arange(valid.shape[0])[:, None]
+        read = jax.vmap(lambda record, n: bootstrap_rows(record, config.unroll, n))(record, steps)
+        seen = _rows(jax.tree.map(lambda x: x[batch, read], record.obs))
+        latent = model.mdp.init(state.target, jax.random.key(0), seen)
+        found = model.predictor.predict(state.target, latent)[1].reshape(read.shape)
+        value = jnp.zeros(valid.shape).at[batch, read].set(found)
+    gamma = -config.discount if spec.players == 2 else config.discount
+
+    def compute(record: Record, valid: Array, value: Array, steps: Array) -> Targets:
+        return unroll_targets(record, valid, value, config.unroll, config.td_steps, gamma, steps)
+
+    return jax.tree.map(jax.lax.stop_gradient, jax.vmap(compute)(record, valid, value, steps))
+
+
+def _progress(config: MuZeroConfig, updates: Array) -> Array | float:
+    """Return how much of the schedules has passed, from 0 to 1."""
+    return jnp.minimum(updates / config.anneal, 1.0) if config.anneal else 0.0
 
 
 def _reanalysed(
@@ -299,23 +329,17 @@ def _reanalysed(
     if not rows:
         return record
     init_key, search_key = jax.random.split(key)
-    part = jax.tree.map(lambda x: x[:rows, : config.unroll + 1], record.obs)
-    found = find(target, search_key, model.mdp.init(target, init_key, _rows(part)), noise=1.0)
+    part = _rows(jax.tree.map(lambda x: x[:rows, : config.unroll + 1], record.obs))
+    latent = model.mdp.init(target, init_key, part)
+    found = find(target, search_key, latent, spaces.invalid_actions(spec, part))
     fresh = _remember(spec, found)
 
     def write(old: Array, new: Array) -> Array:
         new = new.reshape(rows, config.unroll + 1, *new.shape[1:])
         return old.at[:rows, : config.unroll + 1].set(new)
 
-    return record._replace(extras=jax.tree.map(write, record.extras, fresh))
-
-
-def _model(spec: EnvSpec, config: MuZeroConfig) -> ValueEquivalent:
-    size = ValueEquivalentConfig(
-        config.latent, config.hidden, config.depth, config.members, config.max_reward,
-        config.max_value or config.max_reward / (1.0 - config.discount),
-    )  # fmt: skip
-    return value_equivalent(spec, size)
+    known = {name: record.extras[name] for name in fresh}
+    return record._replace(extras={**record.extras, **jax.tree.map(write, known, fresh)})
 
 
 def _check(spec: EnvSpec) -> None:

@@ -33,6 +33,12 @@ _SMALL = {
 _SPARSE = _SMALL | {"entropy": 0.01}
 """One reward per episode: with the published bonus the actor settles before it is predicted."""
 
+_BOARD = {
+    "discount": 1.0, "model": {"max_value": 1.0, "latent": 64, "hidden": 128}, "td_steps": 9,
+    "simulations": 25, "anneal": 8_000,
+}  # fmt: skip
+"""Games are short enough for their results to be the targets, and a result is 1 at most."""
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _SURVIVAL, "value_rounds": 8},
     ("pets", "device/CartPole"): {"planner": _SURVIVAL, "value_rounds": 8},
@@ -48,6 +54,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("dreamer", "device/PixelCatch"): _SPARSE,
     ("dreamer", "device/PixelGridWorld"): _SPARSE,
     ("dreamer", "device/MemoryChain"): _SPARSE,
+    ("muzero", "device/TicTacToe"): _BOARD,
     ("pets", "InvertedPendulum-v5"): {
         "planner": _UNSTABLE,
         "propagation": "mean",
@@ -65,7 +72,10 @@ def preset(agent: str, env: str) -> Any:
       env: environment id; one without a preset gets the defaults.
     """
     config = AGENTS[agent].config()
-    changes = dict(PRESETS.get((agent, env), {}))
-    if "planner" in changes:
-        changes["planner"] = dataclasses.replace(config.planner, **changes["planner"])
+    changes = {
+        name: dataclasses.replace(getattr(config, name), **value)
+        if isinstance(value, dict)
+        else value
+        for name, value in PRESETS.get((agent, env), {}).items()
+    }
     return dataclasses.replace(config, **changes)

@@ -98,5 +98,25 @@ class Policy:
         )
 
 
+def weighted_nll(
+    space: Space, outputs: Array, weights: Array, candidates: Array | None = None
+) -> Array:
+    """Return the cross-entropy of the policy with weights over a few actions.
+
+    Args:
+      space: Discrete or Box.
+      outputs: [..., num_outputs(space)].
+      weights: [..., K] that sum to 1.
+      candidates: [..., K, A] encoded actions of a Box; None = all K of a Discrete.
+
+    Returns:
+      [...] in nats; of the logits as they are, without the uniform share of `Policy`.
+    """
+    if candidates is None:
+        return -jnp.sum(weights * jax.nn.log_softmax(outputs, -1), -1)
+    law = Policy(space, jnp.expand_dims(outputs, -2))
+    return -jnp.sum(weights * law.log_prob(candidates), -1)
+
+
 def _hot(part: Categorical, x: Array) -> Array:
     return jax.nn.one_hot(x, part.logits.shape[-1])

@@ -23,7 +23,7 @@ from mbrl.types import Array, Batch, Key, Record, SampleSpec, Transition
 
 
 def minibatches(
-    train_ratio: float, batch_size: int, length: int, capacity: int, start: int
+    train_ratio: float, batch_size: int, length: int, capacity: int, start: int, priority: str = ""
 ) -> SampleSpec:
     """Ask for minibatches of sequences at a given number of updates per environment step.
 
@@ -33,6 +33,7 @@ def minibatches(
       length: records per sequence.
       capacity: records to keep.
       start: environment steps of random actions before the first update.
+      priority: see `SampleSpec`.
 
     Raises:
       ValueError: for another `train_ratio`, or a `start` that is shorter than a sequence.
@@ -49,7 +50,7 @@ def minibatches(
             f"start: got {start} environment steps before the first update, expected at least "
             f"the length of a sequence, {length}; raise --random-steps or lower --length"
         )
-    return SampleSpec("sequences", capacity, start, every, updates, batch_size, length)
+    return SampleSpec("sequences", capacity, start, every, updates, batch_size, length, priority)
 
 
 class Ring(NamedTuple):
@@ -114,8 +115,8 @@ def add(ring: Ring, record: Record) -> Ring:
 def sample(ring: Ring, key: Key, spec: SampleSpec) -> Batch:
     """Read the batch that `spec` asks for.
 
-    'sequences': [K, B, T], drawn uniformly with replacement among all windows of T
-    consecutive records of every environment; a window never joins the newest record with
+    'sequences': [K, B, T], drawn with replacement, uniformly or by priority, among all windows
+    of T consecutive records of every environment; a window never joins the newest record with
     the oldest, but it may cross the end of an episode (the flags tell). While fewer than
     T rows are written, windows start at the oldest one and `valid` marks the data.
     'latest': [E, T], the last T records in the order of time. 'all': the ring as it is.
@@ -129,15 +130,20 @@ def sample(ring: Ring, key: Key, spec: SampleSpec) -> Batch:
       The batch; see `Batch` for the meaning of `valid` of each kind.
 
     Raises:
-      ValueError: when `spec.kind` is unknown or `spec.length` exceeds the rows.
+      ValueError: when `spec.kind` is unknown, `spec.length` exceeds the rows, or the extras
+        have no entry `spec.priority`.
     """
     num_envs, rows = ring.record.reward.shape
     if spec.kind == "all":
         flags = ring.record.is_first, ring.record.is_last
         return Batch(ring.record, ring_index.starts_transition(*flags, ring.head, ring.size, jnp))
-    env, row, valid = ring_index.address(key, ring.head, ring.size, spec, num_envs, rows)
+    priority = ring_index.priority(ring.record, spec)
+    env, row, valid, odds = ring_index.address(
+        key, ring.head, ring.size, spec, num_envs, rows, priority
+    )
     record = jax.tree.map(lambda leaf: leaf[env, row], ring.record)
-    return Batch(record, valid, ring_index.first_of(env, row) if spec.kind == "sequences" else None)
+    index = ring_index.first_of(env, row) if spec.kind == "sequences" else None
+    return Batch(record, valid, index, odds)
 
 
 def transitions(batch: Batch) -> tuple[Transition, Array]:
@@ -171,6 +177,24 @@ def transitions(batch: Batch) -> tuple[Transition, Array]:
     )
     valid = batch.valid[..., 0] & batch.valid[..., 1] & ~now.is_last & ~after.is_first
     return _pair(now, after), valid
+
+
+def importance(odds: Array | None, beta: Array | float) -> Array | float:
+    """Weigh sequences so that likely ones do not count for more.
+
+    Args:
+      odds: [B] of a `Batch`, or None.
+      beta: 0 = no correction, 1 = full.
+
+    Returns:
+      [B] `odds ** -beta` over the greatest of them; 1 where all are alike.
+
+    Reference: Prioritized Experience Replay, Schaul et al. 2016 (arXiv:1511.05952).
+    """
+    if odds is None:
+        return 1.0
+    weight = odds ** (-beta)
+    return weight / weight.max()
 
 
 def holdout_mask(shape: tuple[int, int], ratio: float) -> Array:
@@ -300,11 +324,13 @@ class HostRing:
             valid = ring_index.starts_transition(*flags, self._head, self._size, np)
             return Batch(jax.tree.map(np.array, self._record), valid)
         head, size = np.int32(self._head), np.int32(self._size)
-        found = ring_index.address(key, head, size, spec, *self._shape)
-        env, row, valid = (np.array(x) for x in found)
+        priority = ring_index.priority(self._record, spec)
+        found = ring_index.address(key, head, size, spec, *self._shape, priority)
+        env, row, valid = (np.array(x) for x in found[:3])
         record = jax.tree.map(lambda leaf: np.asarray(leaf[env, row]), self._record)
         index = ring_index.first_of(env, row) if spec.kind == "sequences" else None
-        return Batch(record, cast(Array, valid), index)
+        odds = None if found[3] is None else cast(Array, np.array(found[3]))
+        return Batch(record, cast(Array, valid), index, odds)
 
     def write_back(self, index: Any, values: Any) -> None:
         """Replace extras of sampled sequences in place; see `write_back`."""

@@ -138,7 +138,12 @@ def gae(r_t: Array, discount_t: Array, v_tm1: Array, v_t: Array, lambda_: Array 
 
 
 def n_step(
-    r_t: Array, discount_t: Array, v_t: Array, n: int, lambda_: Array | float = 1.0
+    r_t: Array,
+    discount_t: Array,
+    v_t: Array,
+    n: int,
+    lambda_: Array | float = 1.0,
+    at_most: Array | None = None,
 ) -> Array:
     """Compute `n`-step returns: `n` rewards, then the value of the state reached.
 
@@ -151,6 +156,7 @@ def n_step(
       n: rewards per return.
       lambda_: scalar or [T] in [0, 1] mixing in the earlier values, as in
         `lambda_returns`.
+      at_most: scalar int, rewards per return where that is fewer than `n`; may be traced.
 
     Returns:
       [T] returns from the start of every transition.
@@ -169,6 +175,8 @@ def n_step(
 
     def step(target: Array, shift: Array) -> tuple[Array, None]:
         r, d, mix, v = jax.lax.dynamic_slice_in_dim(rows, shift, size, 1)
+        if at_most is not None:
+            mix = jnp.where(shift < at_most - 1, mix, 0.0)
         return r + d * ((1.0 - mix) * v + mix * target), None
 
     return jax.lax.scan(step, rows[3, n - 1 :], jnp.arange(n), reverse=True)[0]

@@ -90,27 +90,72 @@ def check_same(stored: Any, new: Any, name: str, shape_of: Callable[[Any], Any])
 
 @partial(jax.jit, static_argnames=("spec", "num_envs", "rows"))
 def address(
-    key: Key, head: Array, size: Array, spec: SampleSpec, num_envs: int, rows: int
-) -> tuple[Array, Array, Array]:
-    """Return (environment, row, valid) of a sample, broadcast to [K, B, T] or [E, T]."""
+    key: Key,
+    head: Array,
+    size: Array,
+    spec: SampleSpec,
+    num_envs: int,
+    rows: int,
+    priority: Array | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Return (environment, row, valid) of a sample, broadcast to [K, B, T] or [E, T], and its
+    odds [K, B] where a `priority` [E, C] is given.
+    """
     if not 1 <= spec.length <= rows:
         raise ValueError(
             f"length: expected 1 to {rows} (rows of the ring), got {spec.length}; raise --capacity"
         )
-    time = jnp.arange(spec.length)
+    time, odds = jnp.arange(spec.length), None
     if spec.kind == "latest":
         env = jnp.arange(num_envs)[:, None]
         age = size - spec.length + time
     elif spec.kind == "sequences":
         shape = (spec.updates, spec.batch_size, 1)
         env_key, start_key = jax.random.split(key)
-        env = jax.random.randint(env_key, shape, 0, num_envs)
         windows = jnp.maximum(size - spec.length + 1, 1)
-        age = jax.random.randint(start_key, shape, 0, windows) + time
+        if priority is None:
+            env = jax.random.randint(env_key, shape, 0, num_envs)
+            start = jax.random.randint(start_key, shape, 0, windows)
+        else:
+            oldest_first = jnp.roll(priority, size - head, 1)
+            env, start, odds = _draw(env_key, oldest_first, windows, shape)
+            odds = odds[..., 0]
+        age = start + time
     else:
         raise ValueError(f"kind: expected 'sequences', 'latest' or 'all', got {spec.kind!r}")
     env, row, age = jnp.broadcast_arrays(env, (head - size + age) % rows, age)
-    return env, row, (age >= 0) & (age < size)
+    return env, row, (age >= 0) & (age < size), odds
+
+
+def _draw(
+    key: Key, priority: Array, windows: Array, shape: tuple[int, ...]
+) -> tuple[Array, Array, Array]:
+    """Draw (row, column, odds) of a matrix in proportion to it, from its first columns."""
+    allowed = jnp.arange(priority.shape[1]) < windows
+    known = jnp.isfinite(priority) & (priority > 0.0) & allowed
+    # Where nothing has a priority, all are alike.
+    chance = jnp.where(known.any(), jnp.where(known, priority, 0.0), 1.0 * allowed).reshape(-1)
+    cumulative = jnp.cumsum(chance)
+    point = jax.random.uniform(key, shape) * cumulative[-1]
+    index = jnp.searchsorted(cumulative, point, side="right")
+    # Rounding may carry the point to the very end, beyond all that can be drawn.
+    index = jnp.minimum(index, jnp.searchsorted(cumulative, cumulative[-1]))
+    odds = chance[index] * (windows * priority.shape[0]) / cumulative[-1]
+    return index // priority.shape[1], index % priority.shape[1], odds
+
+
+def priority(record: Record, spec: SampleSpec) -> Any:
+    """Return what `spec` draws sequences by, [E, C], or None."""
+    if not spec.priority:
+        return None
+    extras = record.extras
+    if not isinstance(extras, Mapping) or spec.priority not in extras:
+        known = sorted(extras) if isinstance(extras, Mapping) else []
+        raise ValueError(
+            f"priority: the extras have no entry {spec.priority!r}, only {known}; let `act` return "
+            "it among the extras"
+        )
+    return extras[spec.priority]
 
 
 def first_of(env: Any, row: Any) -> Any:

@@ -34,8 +34,32 @@ class Targets(NamedTuple):
     has_policy: Array
 
 
+def bootstrap_rows(record: Record, unroll: int, n: Array | int) -> Array:
+    """Find the records whose value `unroll_targets` reads.
+
+    Args:
+      record: [T, ...] as there.
+      unroll: K, actions of the unroll.
+      n: scalar, rewards per return.
+
+    Returns:
+      int32 [K + 1] rows of the record, one per return.
+    """
+    size = record.reward.shape[0]
+    goes_on = jnp.concatenate([returns.align(record, 1.0).valid, jnp.zeros(1, bool)])
+    stop = jax.lax.cummin(jnp.where(goes_on, size - 1, jnp.arange(size)), reverse=True)
+    start = jnp.arange(unroll + 1)
+    return jnp.minimum(stop[1 : unroll + 2], start + n)
+
+
 def unroll_targets(
-    record: Record, valid: Array, value: Array, unroll: int, n: int, gamma: Array | float
+    record: Record,
+    valid: Array,
+    value: Array,
+    unroll: int,
+    n: int,
+    gamma: Array | float,
+    at_most: Array | None = None,
 ) -> Targets:
     """Compute the targets of an unroll over one sequence of records.
 
@@ -46,10 +70,11 @@ def unroll_targets(
     Args:
       record: `T >= unroll + n + 1` records [T, ...].
       valid: bool [T], false where the sequence holds no data.
-      value: [T] value of every observation, to bootstrap from.
+      value: [T] value of every observation to bootstrap from; see `bootstrap_rows`.
       unroll: K, actions of the unroll.
       n: rewards per return.
-      gamma: discount per step.
+      gamma: discount per step; negative where two players alternate.
+      at_most: scalar int, rewards per return where that is fewer than `n`; may be traced.
 
     Returns:
       `Targets` of [K + 1].
@@ -66,7 +91,9 @@ def unroll_targets(
             f"{unroll + n + 1}, or late returns would see fewer rewards; ask for longer sequences"
         )
     signals = returns.align(record, gamma)
-    target = returns.n_step(signals.r_t, signals.discount_t, value[1:], n, signals.trace_t)[:size]
+    target = returns.n_step(
+        signals.r_t, signals.discount_t, value[1:], n, signals.trace_t, at_most
+    )[:size]
     last, terminal = record.is_last[:size], record.is_terminal[:size]
     border = jnp.concatenate([jnp.zeros(1, bool), last[:-1] | record.is_first[1:size]])
     same = jnp.cumsum(border) == 0  # still the episode of the first record

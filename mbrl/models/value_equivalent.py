@@ -37,8 +37,8 @@ class ValueEquivalentConfig:
     """Heads for reward and for value; several tell how little they know."""
     max_reward: float = 1.0
     """Largest magnitude of a reward that is told apart."""
-    max_value: float = 100.0
-    """Largest magnitude of a return that is told apart."""
+    max_value: float = 0.0
+    """Largest magnitude of a return that is told apart; 0 = max_reward / (1 - discount)."""
     bins_per_unit: int = 2
     """Bins of reward and value per unit of the contracted scale."""
     dtype: str = "float32"
@@ -47,7 +47,7 @@ class ValueEquivalentConfig:
     def __post_init__(self) -> None:
         check_whole(self, "latent", "hidden", "depth", "members", "bins_per_unit")
         check_within(self, "max_reward", 0, ends="(]")
-        check_within(self, "max_value", 0, ends="(]")
+        check_within(self, "max_value", 0)
 
 
 class Scalar(NamedTuple):
@@ -198,19 +198,36 @@ def _init(
     return ValueEquivalentState(weights, moments)
 
 
+def _max_value(config: ValueEquivalentConfig, discount: Array | float) -> float:
+    if config.max_value:
+        return config.max_value
+    if isinstance(discount, Array) or discount >= 1.0:
+        raise ValueError(
+            f"max_value: got 0 with discount={discount}, expected the largest return that may "
+            "occur; pass for example --model.max-value 1"
+        )
+    return config.max_reward / (1.0 - discount)
+
+
 def value_equivalent(
-    spec: EnvSpec, config: ValueEquivalentConfig = ValueEquivalentConfig()
+    spec: EnvSpec,
+    config: ValueEquivalentConfig = ValueEquivalentConfig(),
+    discount: Array | float = 0.997,
 ) -> ValueEquivalent:
     """Build the model: representation, dynamics with reward, and prediction.
 
     Args:
       spec: spaces of the task: any observation, Discrete or bounded Box actions.
       config: sizes.
+      discount: of the returns, per step; what `max_value` follows from where it is 0.
+
+    Raises:
+      ValueError: for a `max_value` of 0 with a discount of 1, or a traced one.
 
     Reference: MuZero, Schrittwieser et al. 2020 (arXiv:1911.08265).
     """
     reward_scale = scalar(config.max_reward, config.bins_per_unit)
-    value_scale = scalar(config.max_value, config.bins_per_unit)
+    value_scale = scalar(_max_value(config, discount), config.bins_per_unit)
     num_latent = config.latent
     nets = _networks(spec, config, reward_scale, value_scale)
 
@@ -240,21 +257,25 @@ def value_equivalent(
     def unroll(state: ValueEquivalentState, obs: Any, action: Array) -> Unrolled:
         weights = state.weights
 
-        def see(latent: Array) -> Unrolled:
-            policy, value = predict(weights, latent)
-            reward = heads(nets.reward, weights["reward"], latent)
-            projected = nets.projector.apply(weights["projector"], latent)
-            return Unrolled(
-                latent, policy, value, reward, nets.guess.apply(weights["guess"], projected)
-            )
-
-        def step(latent: Array, action: Array) -> tuple[Array, Unrolled]:
+        def step(latent: Array, action: Array) -> tuple[Array, Array]:
             latent = advance(weights, scale_gradient(latent, GRADIENT_SCALE), action)
-            return latent, see(latent)
+            return latent, latent
 
         start = represent(state, obs)
         _, rest = jax.lax.scan(step, start, action)
-        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), see(start), rest)
+        latent = jnp.concatenate([start[None], rest])
+        # What does not depend on the order of steps is one product over all of them.
+        rows = latent.reshape(-1, num_latent)
+        policy, value = predict(weights, rows)
+        reward = heads(nets.reward, weights["reward"], rows)
+        projected = nets.projector.apply(weights["projector"], rows)
+        guess = nets.guess.apply(weights["guess"], projected)
+
+        def by_step(x: Array) -> Array:
+            return x.reshape(*x.shape[:-2], *latent.shape[:-1], x.shape[-1])
+
+        value, reward = (jnp.moveaxis(by_step(x), 0, 1) for x in (value, reward))
+        return Unrolled(latent, by_step(policy), value, reward, by_step(guess))
 
     def project(state: ValueEquivalentState, obs: Any) -> Array:
         return nets.projector.apply(state.weights["projector"], represent(state, obs))

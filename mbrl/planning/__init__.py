@@ -4,6 +4,7 @@ from mbrl.planning.cem import cem, icem
 from mbrl.planning.config import PETS_CEM, PlannerConfig, SearchConfig
 from mbrl.planning.gradient import gradient
 from mbrl.planning.mppi import mppi
+from mbrl.planning.playout import playout_value
 from mbrl.planning.score import Prior, Value
 from mbrl.planning.search import Found, Search, search, tree_search, uniform_predictor
 from mbrl.planning.shooting import random_shooting
@@ -44,6 +45,7 @@ __all__ = [
     "icem",
     "mppi",
     "planner",
+    "playout_value",
     "random_shooting",
     "search",
     "tree_search",

@@ -13,12 +13,15 @@ import pytest
 
 from agents.muzero import MuZeroConfig, make_muzero
 from mbrl import replay, spaces
+from mbrl.losses.value_equivalent import unroll_targets
+from mbrl.models.value_equivalent import ValueEquivalentConfig
 from mbrl.training.learner import example_record, init_learner, learner_step, learner_update
 from mbrl.types import Agent, Discrete, EnvSpec, MultiDiscrete, TimeStep
 
 TINY = MuZeroConfig(
-    simulations=4, candidates=3, unroll=2, td_steps=3, latent=8, hidden=8, depth=2, batch_size=4,
-    train_ratio=1.0, random_steps=16, capacity=64, target_every=3, max_value=20.0,
+    simulations=4, candidates=3, unroll=2, td_steps=3, batch_size=4,
+    model=ValueEquivalentConfig(latent=8, hidden=8, depth=2, max_value=20.0),
+    train_ratio=1.0, random_steps=16, capacity=64, target_every=3,
 )  # fmt: skip
 LINE = spaces.box(-np.inf, np.inf, (2,))
 PUSH = EnvSpec("push", LINE, Discrete(3), 10)
@@ -30,6 +33,7 @@ MIXED = EnvSpec(
     10,
 )
 SPECS = [PUSH, REACH, MIXED]
+KEY = jax.random.key(2)
 
 
 def stream(spec: EnvSpec, t: int) -> TimeStep:
@@ -170,8 +174,127 @@ def test_reanalysis_forgets_what_was_stored():
     assert distance(*learned(1.0)) == 0.0
 
 
+@functools.cache
+def scheduled() -> tuple[Any, Any, Any]:
+    """All that changes with the number of updates: agent, jitted update, learner before it."""
+    config = dataclasses.replace(
+        TINY, priority=0.5, correction=0.0, anneal=10, td_age=2, bootstrap="search"
+    )
+    agent = make_muzero(PUSH, config)
+    state = init_learner(agent, PUSH, 2, jax.random.key(0))
+    step = jax.jit(functools.partial(learner_step, agent), static_argnames="mode")
+    for t in range(24):
+        state, _, _ = step(state, stream(PUSH, t), mode="random")
+    return agent, jax.jit(agent.update), state
+
+
+def test_priorities_are_refreshed_and_new_records_come_first():
+    agent, update, before = scheduled()
+    assert agent.sampling.priority == "priority"
+    np.testing.assert_array_equal(before.ring.record.extras["priority"][:, :24], 1.0)
+    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    state, _, feedback = update(before.agent, batch, KEY)
+    found = feedback["priority"]
+    assert found.shape == (1, TINY.batch_size, 1)
+    assert float(found.min()) >= 1e-3**0.5 - 1e-6
+    assert float(jnp.ptp(found)) > 0.0
+    # What the value was off by, under the weights that the batch met (they predict 0).
+    record, valid = (jax.tree.map(lambda x: x[0], x) for x in (batch.record, batch.valid))
+    target = jax.vmap(lambda r, v: unroll_targets(r, v, jnp.zeros(6), 2, 3, TINY.discount))
+    want = target(record, valid)
+    error = jnp.abs(want.value[:, 0]) * want.has_value[:, 0]
+    np.testing.assert_allclose(found[0, :, 0], (error + 1e-3) ** 0.5, rtol=1e-4)
+    np.testing.assert_allclose(state.priority, found.max())
+    extras = agent.act(state, (), jnp.zeros((2, 2)), jnp.ones(2, bool), KEY, "explore")[2]
+    np.testing.assert_allclose(extras["priority"], state.priority)
+
+
+def test_likely_sequences_count_for_less_and_in_full_at_the_end_of_the_schedule():
+    agent, update, before = scheduled()
+    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    likely = batch._replace(odds=jnp.array([[100.0, 1.0, 1.0, 1.0]]))
+    late = before.agent._replace(updates=jnp.asarray(10))
+
+    def moved(state: Any) -> float:
+        one, two = (update(state, b, KEY)[0].model.weights for b in (batch, likely))
+        return distance(one, two)
+
+    assert moved(before.agent) == 0.0
+    assert moved(late) > 1e-5
+
+
+def test_nothing_is_refreshed_by_a_skipped_update():
+    agent, update, before = scheduled()
+    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    bad = batch._replace(
+        record=batch.record._replace(obs=batch.record.obs.at[0, 0, 1].set(jnp.nan))
+    )
+    state, _, feedback = update(before.agent, bad, KEY)
+    np.testing.assert_array_equal(feedback["priority"][..., 0], 1.0)
+    assert float(state.priority) == 1.0
+
+
+def test_the_step_size_falls_with_the_schedule():
+    agent, update, before = scheduled()
+    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    state, sizes = before.agent, []
+    for _ in range(14):
+        old = state.model.weights["value"]
+        state = update(state, batch, KEY)[0]
+        sizes.append(distance(old, state.model.weights["value"]))
+    # Adam's steps have one size to begin with, and a tenth of it at the end.
+    np.testing.assert_allclose(sizes[0], TINY.learning_rate, rtol=0.05)
+    assert max(sizes[11:]) < 0.15 * sizes[0]
+
+
+def test_targets_of_old_records_are_shorter():
+    agent, update, before = scheduled()
+    np.testing.assert_array_equal(before.ring.record.extras["born"][:, :24], 0)
+    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    # A lie about the value right behind the first record is read by short returns alone.
+    extras = dict(batch.record.extras)
+    extras["value"] = extras["value"].at[:, :, 1].set(15.0)
+    lied = batch._replace(record=batch.record._replace(extras=extras))
+
+    def moved(updates: int) -> float:
+        state = before.agent._replace(updates=jnp.asarray(updates))
+        one, two = (update(state, b, KEY)[0].model.weights["value"] for b in (batch, lied))
+        return distance(one, two)
+
+    assert moved(3) == 0.0, "two rewards, as the records are 3 // 2 = 1 step too old"
+    assert moved(4) > 1e-6
+    assert moved(400) > 1e-6
+
+
+MASKED = EnvSpec(
+    "masked", {"action_mask": spaces.box(0.0, 1.0, (3,)), "place": LINE}, Discrete(3), 10
+)
+
+
+@pytest.mark.parametrize("mode", ["random", "explore", "greedy"])
+def test_illegal_actions_are_never_taken(mode):
+    agent = make_muzero(MASKED, TINY)
+    state = agent.init(KEY)
+    mask = jax.random.bernoulli(jax.random.key(1), 0.5, (64, 3)).at[:, 1].set(True)
+    mask = mask.at[0].set(False)  # the end of an episode, where nothing may be done
+    obs = {"action_mask": 1.0 * mask, "place": jax.random.normal(jax.random.key(2), (64, 2))}
+    action, _, extras = agent.act(state, (), obs, jnp.ones(64, bool), jax.random.key(3), mode)
+    assert bool(mask[jnp.arange(1, 64), action[1:]].all())
+    np.testing.assert_array_equal(jnp.where(mask, 0.0, extras["weights"])[1:], 0.0)
+    np.testing.assert_allclose(extras["weights"].sum(-1), 1.0, rtol=1e-5)
+    assert len(np.unique(np.asarray(action[1:]))) > 1
+
+
+def test_a_mask_must_fit_the_actions():
+    with pytest.raises(ValueError, match="action_mask of masked: got .* expected one number per"):
+        agent = make_muzero(MASKED._replace(action=Discrete(4)), TINY)
+        obs = spaces.zeros(MASKED.observation, (2,))
+        agent.act(agent.init(KEY), (), obs, jnp.ones(2, bool), KEY, "explore")
+
+
 def test_a_value_beyond_the_bins_is_reported():
-    agent = make_muzero(PUSH, dataclasses.replace(TINY, max_value=0.1, max_reward=0.5))
+    short = dataclasses.replace(TINY.model, max_value=0.1, max_reward=0.5)
+    agent = make_muzero(PUSH, dataclasses.replace(TINY, model=short))
     _, (before, _), _ = learner(0)
     state = agent.init(jax.random.key(0))
     _, metrics, _ = jax.jit(agent.update)(state, batch_of(before), jax.random.key(2))
@@ -194,8 +317,13 @@ def test_consistency_trains_the_projection():
     [
         ({"unroll": 0}, "unroll must be at least 1, got 0"),
         ({"reanalyse": 1.5}, r"reanalyse must be in \[0, 1\], got 1.5"),
-        ({"penalty": 1.0}, "members: got 1 with penalty=1.0"),
-        ({"discount": 1.0, "max_value": 0.0}, "max_value: got 0 with discount=1"),
+        ({"penalty": 1.0}, "model.members: got 1 with penalty=1.0"),
+        (
+            {"discount": 1.0, "model": ValueEquivalentConfig()},
+            "max_value: got 0 with discount=1",
+        ),
+        ({"td_age": -1}, "td_age must be at least 0, got -1"),
+        ({"priority": -0.5}, "priority must be in"),
         ({"train_ratio": 0.3}, "train_ratio: got 0.3"),
         ({"random_steps": 3}, "the length of a sequence, 6"),
     ],

@@ -169,6 +169,63 @@ def test_sequences_are_consecutive_and_uniform_over_all_windows():
         assert chi_square < 37.4
 
 
+PRIORITIZED = SEQUENCES._replace(updates=40, batch_size=300, priority="priority")
+
+
+def with_priorities(steps: int, priority: np.ndarray) -> replay.Ring:
+    """A ring whose priorities are given by age, oldest first, [E, ROWS]."""
+    ring = ring_after(steps)
+    by_row = np.roll(priority.astype(np.float32), steps % ROWS, 1) if steps > ROWS else priority
+    extras = {**ring.record.extras, "priority": jnp.asarray(by_row, jnp.float32)}
+    return ring._replace(record=ring.record._replace(extras=extras))
+
+
+@pytest.mark.parametrize("steps", [8, 11])
+def test_priorities_say_how_often_windows_are_drawn_and_odds_undo_it(steps):
+    priority = np.arange(1.0, 1 + E * ROWS).reshape(E, ROWS)
+    priority[0, 2] = 0.0
+    batch = sample(with_priorities(steps, priority), jax.random.key(steps), PRIORITIZED)
+    windows = ROWS - 2  # the newest two records start no whole window, whatever they weigh
+    chance = priority[:, :windows] / priority[:, :windows].sum()
+    time = np.asarray(batch.record.obs["time"])[..., 0]
+    env, age = (time // 100 - 1).astype(int), (time % 100).astype(int) - (steps - ROWS)
+    counts = np.zeros((E, windows))
+    np.add.at(counts, (env, age), 1)
+    assert counts[0, 2] == 0
+    expected = 12000 * chance[chance > 0]
+    chi_square = np.sum((counts[chance > 0] - expected) ** 2 / expected)
+    assert chi_square < 35.6  # the 0.9999 quantile for 10 degrees of freedom
+    np.testing.assert_allclose(batch.odds, (chance * E * windows)[env, age], rtol=1e-5)
+    # Importance weights make the mean over all windows of it: here, of 1.
+    np.testing.assert_allclose(np.mean(1.0 / batch.odds), (chance > 0).mean(), rtol=0.05)
+
+
+def test_without_any_priority_all_windows_are_alike():
+    for nothing in (np.zeros((E, ROWS)), np.full((E, ROWS), np.nan)):
+        batch = sample(with_priorities(8, nothing), jax.random.key(0), PRIORITIZED)
+        np.testing.assert_array_equal(batch.odds, 1.0)
+        assert len(np.unique(np.asarray(batch.record.obs["time"])[..., 0])) == E * (ROWS - 2)
+    assert sample(ring_after(8), jax.random.key(0), SEQUENCES).odds is None
+
+
+def test_priorities_on_the_host_are_those_of_the_device():
+    ring = with_priorities(11, np.arange(1.0, 1 + E * ROWS).reshape(E, ROWS))
+    host = host_after(11)
+    host.restore(ring)
+    key = jax.random.key(4)
+    assert_same(host.sample(key, PRIORITIZED), sample(ring, key, PRIORITIZED))
+    with pytest.raises(ValueError, match="the extras have no entry 'weight', only"):
+        host.sample(key, PRIORITIZED._replace(priority="weight"))
+
+
+def test_importance_weights_are_at_most_one():
+    np.testing.assert_allclose(
+        replay.importance(jnp.array([0.5, 2.0, 8.0]), 1.0), [1, 0.25, 0.0625]
+    )
+    np.testing.assert_allclose(replay.importance(jnp.array([0.5, 2.0, 8.0]), 0.5), [1, 0.5, 0.25])
+    assert replay.importance(None, 1.0) == 1.0
+
+
 def test_index_is_the_address_of_the_first_record():
     ring = ring_after(11)
     batch = sample(ring, jax.random.key(3), SEQUENCES)

@@ -71,6 +71,12 @@ def test_n_step_is_its_definition(n: int) -> None:
     close(returns.n_step(R_T, D_T, V_T, n), _n_step_brute_force(n))
 
 
+def test_n_step_may_be_shortened_by_a_traced_number() -> None:
+    short = jax.jit(lambda n: returns.n_step(R_T, D_T, V_T, 4, at_most=n))
+    for n in (1, 2, 3, 4, 9):
+        close(short(n), _n_step_brute_force(min(n, 4)))
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.4, 0.95, 1.0])
 def test_lambda_returns_are_the_forward_view(lam: float) -> None:
     close(returns.lambda_returns(R_T, D_T, V_T, lam), _lambda_brute_force(lam))

@@ -11,6 +11,7 @@ import pytest
 
 from mbrl import spaces
 from mbrl.losses.value_equivalent import (
+    bootstrap_rows,
     cosine_error,
     scale_gradient,
     unroll_targets,
@@ -36,11 +37,11 @@ def record(flags: str, reward: Any = None) -> Record:
     )  # fmt: skip
 
 
-def targets(flags: str, value: Any = None, valid: Any = None, n: int = N) -> Any:
+def targets(flags: str, value: Any = None, valid: Any = None, at_most: Any = None) -> Any:
     size = len(flags)
     value = 100.0 + 10.0 * jnp.arange(size) if value is None else value
     valid = jnp.ones(size, bool) if valid is None else jnp.asarray(valid)
-    return unroll_targets(record(flags), valid, value, K, n, GAMMA)
+    return unroll_targets(record(flags), valid, value, K, N, GAMMA, at_most)
 
 
 def test_inside_an_episode_every_value_sees_all_its_rewards():
@@ -53,6 +54,38 @@ def test_inside_an_episode_every_value_sees_all_its_rewards():
     np.testing.assert_array_equal(out.has_value, 1.0)
     np.testing.assert_array_equal(out.has_reward, [0.0, 1.0, 1.0, 1.0])
     np.testing.assert_array_equal(out.has_policy, 1.0)
+
+
+@pytest.mark.parametrize("flags", ["......", "..cf..", ".cf.cf", "..f...", "....tf", ".....c"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_only_the_values_that_returns_end_in_are_read(flags, n):
+    value = 100.0 + 10.0 * jnp.arange(T)
+    rows = bootstrap_rows(record(flags), K, n)
+    assert rows.shape == (K + 1,)
+    spoiled = jnp.full(T, 7e5).at[rows].set(value[rows])
+    full, part = targets(flags, value, at_most=n), targets(flags, spoiled, at_most=n)
+    np.testing.assert_array_equal(full.value * full.has_value, part.value * part.has_value)
+    shifted = targets(flags, value.at[rows].add(5.0), at_most=n)
+    moved = (shifted.value != full.value) & (full.has_value > 0)
+    ends = np.array([f == "t" for f in flags])[np.asarray(rows)]
+    absorbed = (full.has_value > 0) & (full.has_policy == 0)
+    np.testing.assert_array_equal(moved, (full.has_value > 0) & ~ends & ~absorbed)
+
+
+def test_old_returns_may_be_shorter():
+    value = 100.0 + 10.0 * np.arange(T)
+    out = targets("......", at_most=1)
+    np.testing.assert_allclose(
+        out.value, [(k + 2) + GAMMA * value[k + 1] for k in range(K + 1)], rtol=1e-6
+    )
+
+
+def test_a_negative_discount_alternates_between_players():
+    # The mover wins at record 2: good for who moved at 1, bad for who moved at 0.
+    win = record("..tf..", [0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    out = unroll_targets(win, jnp.ones(T, bool), jnp.zeros(T), K, N, -1.0)
+    np.testing.assert_allclose(out.value, [-1.0, 1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(out.has_value, 1.0)
 
 
 def test_a_terminal_state_is_absorbing():
