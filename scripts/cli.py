@@ -27,6 +27,7 @@ if __name__ == "__main__":  # run as a file: imports start at the checkout
 JOBS = {
     "train": "train an agent; the same command again resumes",
     "evaluate": "play a trained agent and print mean, std and IQM of its returns",
+    "plan": "plan in a simulator, without learning",
     "report": "draw learning curves from metrics and print a table",
     "sweep": "run a grid of training commands",
     "collect": "write the records of a run to a file, to train on them offline",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from agents.muzero import MuZeroConfig
 from mbrl import spaces
+from mbrl.models.value_equivalent import ValueEquivalentConfig
 from mbrl.planning import PlannerConfig
 from mbrl.types import MDP, Array, EnvSpec, Outcome
-from scripts import bench, bench_planning, flops, results
+from scripts import bench, bench_muzero, bench_planning, benchmarks_page, flops, results
 
 FAST = ("planning", "preset", "batch", "epoch")
 
@@ -98,6 +102,64 @@ def test_dreamer_is_measured(tmp_path: Path) -> None:
     results.write(out, results.speed(found | {"quick": False}))
     metrics = {json.loads(line)["metric"] for line in out.read_text("utf-8").splitlines()}
     assert {"seconds", "milliseconds per policy step", "time relative to one seed"} <= metrics
+
+
+def test_searches_of_muzero_are_measured(tmp_path: Path) -> None:
+    file, out = tmp_path / "muzero.json", tmp_path / "lines" / "muzero.jsonl"
+    argv = ["muzero", "--quick", "--repeats", "2", "--parts", "search", "--out", str(file)]
+    assert bench.main(argv) == 0
+    found = json.loads(file.read_text("utf-8"))
+    cases = [(case["method"], case["batch"], case["simulations"]) for case in found["search"]]
+    assert cases == [("gumbel", 4, 2), ("puct", 4, 2)]
+    for case in found["search"]:
+        seconds = case["median_seconds"]
+        assert case["min_seconds"] <= seconds < case["first_call_seconds"]
+        assert case["actions_per_second"] == pytest.approx(4 / seconds)
+        assert case["simulations_per_second"] == pytest.approx(2 * 4 / seconds)
+        assert case["network_seconds"] > 0
+        assert case["bookkeeping_share"] < 1
+    file.write_text(json.dumps(found | {"quick": False}), "utf-8")
+    assert results.main(["bench", str(file), "--out", str(out)]) == 0
+    rows = benchmarks_page.load(out.parent)
+    assert "| MuZero search | gumbel, B = 4, 2 simulations" in benchmarks_page.render(rows)
+    values = [row["value"] for row in rows if row["metric"] == "milliseconds"]
+    assert values == [1e3 * case["median_seconds"] for case in found["search"]]
+
+
+@pytest.mark.slow
+def test_training_of_muzero_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "muzero.json"
+    argv = ["muzero", "--quick", "--repeats", "2", "--parts", "reanalysis", "train", "update"]
+    assert bench.main([*argv, "--out", str(file)]) == 0
+    found = json.loads(file.read_text("utf-8"))
+    assert found["reanalysis"]["batch"] == 2 * (1 + 1)
+    trained = found["train"]
+    # 8 random steps, one interval that compiles, and three that are timed.
+    assert trained["first_report_steps"] == 8
+    assert len(trained["interval_seconds"]) == 3
+    assert trained["steps"] == 8 + 4 + 3 * 4
+    seconds = statistics.median(trained["interval_seconds"])
+    assert trained["steps_per_second"] == pytest.approx(4 / seconds)
+    assert seconds < trained["first_report_seconds"] < trained["second_report_seconds"]
+    assert found["update"]["gflop"] > 0
+    with pytest.raises(ValueError, match="--quick"):
+        results.speed(found)
+    rows = results.speed(found | {"quick": False})
+    targets = {row["metric"]: row["target"] for row in rows if row["target"]}
+    assert targets == {"environment steps per second": ">= 1700"}
+    assert {"roots per second", "GFLOP", "share of the f32 GEMM rate"} <= {
+        row["metric"] for row in rows
+    }
+
+
+def test_the_network_of_a_search_alone_does_the_same_work() -> None:
+    config = MuZeroConfig(simulations=4, model=ValueEquivalentConfig(8, 8))
+    for method in ("gumbel", "puct"):
+        changed = dataclasses.replace(config, method=method)
+        find, network, args = bench_muzero.programs(changed, 2)
+        work = flops.count_flops(network, *args, jax.random.key(0))
+        assert flops.count_flops(find, *args, jax.random.key(0)) == work
+        assert flops.count_flops(find, args[0], args[1][:1], jax.random.key(0)) < work
 
 
 def test_loops_count_as_often_as_they_run() -> None:
