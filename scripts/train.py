@@ -36,6 +36,9 @@ EVALUATION = "evaluation.json"
 MAX_SKIPPED = 100
 """Updates in a row with a gradient that is not finite, after which a run is stopped."""
 
+MAX_CLIPPED = 0.01
+"""Share of clipped targets above which a run says so, once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -178,7 +181,7 @@ def _train(
 ) -> Trained:  # fmt: skip
     """Train from the newest save to the end, or until asked to stop."""
     step = saved = 0 if restored is None else restored.step
-    snapshot, report = None if restored is None else restored.tree, None
+    snapshot, report, clipped = None if restored is None else restored.tree, None, False
     ratio = updates_per_step(job.factory({}), config.num_envs)
     if ratio and data is None:
         print(f"{ratio:g} updates per environment step", file=sys.stderr)
@@ -194,6 +197,7 @@ def _train(
                 log.sync()
                 saved = _save(out, step, snapshot, saved)
             _stop_if_diverged(out, report)
+            clipped = clipped or _warn_if_clipped(report)
         if report is not None and saved < step:  # the stop came late, or a save failed
             snapshot = report.snapshot()
             saved = _save(out, step, snapshot, saved)
@@ -238,6 +242,20 @@ def _stop_if_diverged(out: Path, report: Report) -> None:
                 f"are not finite and were skipped; see {out / 'diagnostics.json'}; lower the "
                 "learning rate, or look for extreme values in the data"
             )
+
+
+def _warn_if_clipped(report: Report) -> bool:
+    """Say that targets lie beyond the bins they are predicted with; returns whether they do."""
+    share = float(np.max(report.metrics.get("model/clipped_targets", 0.0)))
+    if share <= MAX_CLIPPED:
+        return False
+    print(
+        f"warning: step {report.step}: {share:.0%} of the targets of reward or value lie beyond "
+        "the largest that is told apart and are taken for it; raise --model.max-reward, or "
+        "--model.max-value where only returns are large",
+        file=sys.stderr,
+    )
+    return True
 
 
 def _is_evaluated(out: Path, step: int, episodes: int) -> bool:

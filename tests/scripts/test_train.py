@@ -265,6 +265,17 @@ def test_settings_come_back_from_json():
         runs.from_json(type(config), {k: v for k, v in json.loads(text).items() if k != "members"})
 
 
+def test_targets_beyond_their_bins_are_announced_once(tmp_path, capsys):
+    run = ["--env", "device/CartPole", "--steps", "60", "--num-envs", "2", "--log-every", "20",
+           "--simulations", "2", "--unroll", "1", "--td-steps", "2", "--batch-size", "2",
+           "--random-steps", "20", "--capacity", "100", "--eval-episodes", "0",
+           "--model.latent", "4", "--model.hidden", "4", "--model.max-value", "0.5"]  # fmt: skip
+    assert call("train", "muzero", *run, "--out", str(tmp_path / "run")) == 0
+    told = capsys.readouterr().err
+    assert told.count("of the targets of reward or value lie beyond") == 1
+    assert "raise --model.max-reward, or --model.max-value" in told
+
+
 def test_a_video_that_cannot_be_made_is_refused_before_the_episodes(finished, capsys, monkeypatch):
     def missing(env: Any) -> Any:
         raise gym.error.DependencyNotInstalled("pygame is not installed")
