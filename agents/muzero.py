@@ -32,7 +32,7 @@ from mbrl.models.value_equivalent import (
     value_equivalent,
 )
 from mbrl.planning.search import Found, SearchConfig, search
-from mbrl.policies import weighted_nll
+from mbrl.policies import explore, weighted_nll
 from mbrl.settings import check_whole, check_within
 from mbrl.types import (
     Agent,
@@ -83,8 +83,8 @@ class MuZeroConfig:
     """Weight of the similarity of predicted and true latents (EfficientZero: 2)."""
     learning_rate: float = 2e-3
     """Step size of AdamW (M)."""
-    weight_decay: float = 1e-4
-    """Decoupled decay of the kernels (P)."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the kernels, in units of the step size (P: with SGD as much; M)."""
     clip_norm: float = 5.0
     """Gradient norm above which it is scaled down."""
     priority: float = 0.0
@@ -98,6 +98,8 @@ class MuZeroConfig:
     """Sequences per update (P: 1024)."""
     train_ratio: float = 0.25
     """Updates per environment step: a whole number, or one over a whole number."""
+    epsilon: float = 0.0
+    """Chance of a uniform action per step of training, for games that repeat themselves."""
     random_steps: int = 500
     """Environment steps of uniform actions before the first update."""
     capacity: int = 100_000
@@ -112,6 +114,7 @@ class MuZeroConfig:
         check_within(self, "reanalyse", 0, 1)
         check_within(self, "priority", 0)
         check_within(self, "correction", 0, 1)
+        check_within(self, "epsilon", 0, 1)
         if self.model.members == 1 and isinstance(self.penalty, float) and self.penalty:
             raise ValueError(
                 f"model.members: got 1 with penalty={self.penalty}, expected several heads to "
@@ -171,17 +174,17 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
     def act(
         state: MuZeroState, carry: Any, obs: Any, is_first: Array, key: Key, mode: Mode
     ) -> tuple[Any, Any, Any]:
-        init_key, search_key = jax.random.split(key)
-        latent = model.mdp.init(state.model, init_key, obs)
+        search_key, random_key = jax.random.split(key)
+        latent = model.mdp.init(state.model, key, obs)
         invalid = spaces.invalid_actions(spec, obs)
         noise = 0.0 if mode == "greedy" else 1.0
         temperature = 1.0 - 0.75 * _progress(config, state.updates)
         found = find(state.model, search_key, latent, invalid, noise, noise * temperature)
-        action = found.action
-        if mode == "random":
-            random_key = jax.random.fold_in(key, 2)
-            action = spaces.sample(spec.action, random_key, is_first.shape, invalid)
-        extras = _remember(spec, found)
+        action, extras = found.action, _remember(spec, found)
+        if mode == "random" or config.epsilon:
+            chance = {"random": 1.0, "explore": config.epsilon, "greedy": 0.0}[mode]
+            action, explored = explore(spec.action, random_key, action, chance, invalid)
+            extras |= {"explored": explored} if config.epsilon else {}
         if config.td_age:
             extras["born"] = jnp.broadcast_to(state.updates, is_first.shape)
         if config.priority:
@@ -239,9 +242,7 @@ def muzero_loss(
     Also returned are metrics, and how far the first value is from its target, [B].
     """
 
-    def time_first(x: Array) -> Array:
-        return jnp.swapaxes(x, 0, 1)
-
+    time_first = partial(jnp.swapaxes, axis1=0, axis2=1)
     taken = jax.tree.map(time_first, record.action)[: config.unroll]
     first = jax.tree.map(lambda x: x[:, 0], record.obs)
     out = model.unroll(state.model._replace(weights=weights), first, taken)
@@ -295,24 +296,23 @@ def _targets(
     spec: EnvSpec, config: MuZeroConfig, model: ValueEquivalent, state: MuZeroState,
     record: Record, valid: Array,
 ) -> Targets:  # fmt: skip
-    steps = jnp.full(valid.shape[0], config.td_steps)
+    steps, explored = jnp.full(valid.shape[0], config.td_steps), record.extras.get("explored")
     if config.td_age:  # old rewards are those of another policy
         age = state.updates - record.extras["born"][:, 0]
         steps = jnp.maximum(steps - age // config.td_age, 1)
     value = record.extras["value"]
     if config.bootstrap == "target":
         batch = jnp.arange(valid.shape[0])[:, None]
-        read = jax.vmap(lambda record, n: bootstrap_rows(record, config.unroll, n))(record, steps)
+        ends = partial(bootstrap_rows, unroll=config.unroll)
+        read = jax.vmap(ends)(record, steps, explored)
         seen = _rows(jax.tree.map(lambda x: x[batch, read], record.obs))
         latent = model.mdp.init(state.target, jax.random.key(0), seen)
         found = model.predictor.predict(state.target, latent)[1].reshape(read.shape)
         value = jnp.zeros(valid.shape).at[batch, read].set(found)
     gamma = -config.discount if spec.players == 2 else config.discount
-
-    def compute(record: Record, valid: Array, value: Array, steps: Array) -> Targets:
-        return unroll_targets(record, valid, value, config.unroll, config.td_steps, gamma, steps)
-
-    return jax.tree.map(jax.lax.stop_gradient, jax.vmap(compute)(record, valid, value, steps))
+    targets = partial(unroll_targets, unroll=config.unroll, n=config.td_steps, gamma=gamma)
+    found = jax.vmap(targets)(record, valid, value, steps, explored)
+    return jax.tree.map(jax.lax.stop_gradient, found)
 
 
 def _progress(config: MuZeroConfig, updates: Array) -> Array | float:

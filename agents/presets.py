@@ -35,9 +35,10 @@ _SPARSE = _SMALL | {"entropy": 0.01}
 
 _BOARD = {
     "discount": 1.0, "model": {"max_value": 1.0, "latent": 64, "hidden": 128}, "td_steps": 9,
-    "simulations": 25, "anneal": 8_000,
+    "simulations": 25, "epsilon": 0.25, "anneal": 10_000,
 }  # fmt: skip
-"""Games are short enough for their results to be the targets, and a result is 1 at most."""
+"""Games are short enough for their results to be the targets, and a result is 1 at most. Players
+who do not err would never learn to answer errors."""
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _SURVIVAL, "value_rounds": 8},

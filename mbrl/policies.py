@@ -14,7 +14,7 @@ import numpy as np
 
 from mbrl import spaces
 from mbrl.distributions import Categorical, Normal, unimix
-from mbrl.types import Array, Box, Key, MultiDiscrete, Space
+from mbrl.types import Array, Box, Key, MultiDiscrete, Space, reset_rows
 
 UNIMIX = 0.01
 """Share of the uniform distribution in discrete policies: none becomes deterministic."""
@@ -96,6 +96,27 @@ class Policy:
             (p.entropy().sum(-1) if isinstance(p, Normal) else p.entropy() for p in self._parts),
             jnp.zeros(()),
         )
+
+
+def explore(
+    space: Space, key: Key, action: Array, chance: Array | float, invalid: Array | None = None
+) -> tuple[Array, Array]:
+    """Replace some actions by uniform ones (epsilon-greedy).
+
+    Args:
+      space: Discrete, or Box with bounds.
+      key: consumed.
+      action: [B, ...].
+      chance: of being replaced.
+      invalid: bool [B, num], Discrete actions that are never drawn.
+
+    Returns:
+      Actions [B, ...] and which of them were drawn, bool [B].
+    """
+    chance_key, action_key = jax.random.split(key)
+    drawn = jax.random.bernoulli(chance_key, chance, action.shape[:1])
+    uniform = spaces.sample(space, action_key, action.shape[:1], invalid)
+    return reset_rows(drawn, uniform, action), drawn
 
 
 def weighted_nll(

@@ -43,6 +43,9 @@ class SweepConfig:
     """Runs at a time."""
     dry_run: bool = False
     """Print the commands that are missing and run none."""
+    ablate: bool = False
+    """Change one setting at a time, besides a run without changes, instead of trying all
+    combinations; a setting with one value holds in all runs."""
 
 
 class Job(NamedTuple):
@@ -88,8 +91,10 @@ def expand(config: SweepConfig) -> list[Job]:
     if not all(ids):
         raise ValueError(f"--envs: got {config.envs!r}, expected ids separated by commas")
     found = []
-    for env, values, seed in itertools.product(ids, itertools.product(*choices), seeds(config)):
-        settings = list(zip(names, values, strict=True))
+    grid = [list(zip(names, values, strict=True)) for values in itertools.product(*choices)]
+    if config.ablate:
+        grid = ablations(dict(zip(names, choices, strict=True)))
+    for env, settings, seed in itertools.product(ids, grid, seeds(config)):
         parts = [config.agent, env, *(f"{k}={v}" for k, v in settings), str(seed)]
         out = Path(config.out) / re.sub(r"[^\w.=-]", "-", "-".join(parts))
         flags = [flag for k, v in settings for flag in as_flags(k, v)]
@@ -97,6 +102,13 @@ def expand(config: SweepConfig) -> list[Job]:
             Job(out, [config.agent, "--env", env, "--seed", str(seed), *flags, "--out", str(out)])
         )
     return found
+
+
+def ablations(choices: Mapping[str, Sequence[str]]) -> list[list[tuple[str, str]]]:
+    """List settings that differ in one entry of `choices`, first those that differ in none."""
+    fixed = [(name, values[0]) for name, values in choices.items() if len(values) == 1]
+    varied = [(name, v) for name, values in choices.items() if len(values) > 1 for v in values]
+    return [fixed, *([*fixed, change] for change in varied)]
 
 
 def seeds(config: SweepConfig) -> list[int]:

@@ -34,19 +34,23 @@ class Targets(NamedTuple):
     has_policy: Array
 
 
-def bootstrap_rows(record: Record, unroll: int, n: Array | int) -> Array:
+def bootstrap_rows(
+    record: Record, n: Array | int, explored: Array | None = None, *, unroll: int
+) -> Array:
     """Find the records whose value `unroll_targets` reads.
 
     Args:
       record: [T, ...] as there.
-      unroll: K, actions of the unroll.
       n: scalar, rewards per return.
+      explored: as there.
+      unroll: K, actions of the unroll.
 
     Returns:
       int32 [K + 1] rows of the record, one per return.
     """
     size = record.reward.shape[0]
     goes_on = jnp.concatenate([returns.align(record, 1.0).valid, jnp.zeros(1, bool)])
+    goes_on = goes_on if explored is None else goes_on & ~explored
     stop = jax.lax.cummin(jnp.where(goes_on, size - 1, jnp.arange(size)), reverse=True)
     start = jnp.arange(unroll + 1)
     return jnp.minimum(stop[1 : unroll + 2], start + n)
@@ -56,10 +60,12 @@ def unroll_targets(
     record: Record,
     valid: Array,
     value: Array,
+    at_most: Array | None = None,
+    explored: Array | None = None,
+    *,
     unroll: int,
     n: int,
     gamma: Array | float,
-    at_most: Array | None = None,
 ) -> Targets:
     """Compute the targets of an unroll over one sequence of records.
 
@@ -71,10 +77,12 @@ def unroll_targets(
       record: `T >= unroll + n + 1` records [T, ...].
       valid: bool [T], false where the sequence holds no data.
       value: [T] value of every observation to bootstrap from; see `bootstrap_rows`.
+      at_most: scalar int, rewards per return where that is fewer than `n`; may be traced.
+      explored: bool [T], actions that were not the policy's own. Returns end before them, and
+        the value where one was taken is not asked for.
       unroll: K, actions of the unroll.
       n: rewards per return.
       gamma: discount per step; negative where two players alternate.
-      at_most: scalar int, rewards per return where that is fewer than `n`; may be traced.
 
     Returns:
       `Targets` of [K + 1].
@@ -91,9 +99,9 @@ def unroll_targets(
             f"{unroll + n + 1}, or late returns would see fewer rewards; ask for longer sequences"
         )
     signals = returns.align(record, gamma)
-    target = returns.n_step(
-        signals.r_t, signals.discount_t, value[1:], n, signals.trace_t, at_most
-    )[:size]
+    own = jnp.ones_like(valid) if explored is None else ~explored
+    trace = signals.trace_t * own[1:]
+    target = returns.n_step(signals.r_t, signals.discount_t, value[1:], n, trace, at_most)[:size]
     last, terminal = record.is_last[:size], record.is_terminal[:size]
     border = jnp.concatenate([jnp.zeros(1, bool), last[:-1] | record.is_first[1:size]])
     same = jnp.cumsum(border) == 0  # still the episode of the first record
@@ -106,7 +114,7 @@ def unroll_targets(
     return Targets(
         value=jnp.where(ended, 0.0, target),
         reward=jnp.where(same, record.reward[:size], 0.0),
-        has_value=((acts | ended) & known).astype(jnp.float32),
+        has_value=(((acts & own[:size]) | ended) & known).astype(jnp.float32),
         has_reward=arrived.astype(jnp.float32).at[0].set(0.0),
         has_policy=acts.astype(jnp.float32),
     )

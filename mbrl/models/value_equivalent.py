@@ -165,7 +165,7 @@ def _networks(
     def heads(scale: Scalar) -> Network:
         return ensemble(net(1, scale.bins.shape[0], 0.0), config.members)
 
-    encoder = observation.Encoder(config.hidden, config.depth, config.dtype)
+    encoder = observation.Encoder(config.hidden, config.depth, config.dtype, norm=None, layers=1)
     policy = net(1, policies.num_outputs(spec.action), 0.0)
     return _Networks(
         encoder, net(1, config.latent), net(2, config.latent), policy, heads(value), heads(reward),

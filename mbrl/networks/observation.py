@@ -129,19 +129,26 @@ class Encoder(nn.Module):
       units: width of the hidden layers for vectors.
       depth: unit of the channels for images.
       dtype: of the matrix products, 'float32' or 'bfloat16'.
+      norm: of the hidden layers for vectors, or None. The first of them sees little more than
+        the direction of its input if it is normalized, which near the mean observation is
+        anything.
+      layers: hidden layers for vectors.
     """
 
     units: int
     depth: int
     dtype: str = "float32"
+    norm: str | None = "rms"
+    layers: int = LAYERS
 
     @nn.compact
     def __call__(self, obs: Prepared) -> Array:
         """Encode a batch of observations."""
         tokens = [ConvEncoder(self.depth, self.dtype)(image - 0.5) for image in obs.images]
         if obs.vector.shape[-1]:
-            hidden = (self.units,) * LAYERS
-            tokens.append(MLP(hidden, None, "silu", "fan_in", self.dtype, "rms", 1.0)(obs.vector))
+            hidden = (self.units,) * self.layers
+            net = MLP(hidden, None, "silu", "fan_in", self.dtype, self.norm, 1.0)
+            tokens.append(net(obs.vector))
         return jnp.concatenate(tokens, -1)
 
 

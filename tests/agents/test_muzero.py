@@ -178,13 +178,13 @@ def test_reanalysis_forgets_what_was_stored():
 def scheduled() -> tuple[Any, Any, Any]:
     """All that changes with the number of updates: agent, jitted update, learner before it."""
     config = dataclasses.replace(
-        TINY, priority=0.5, correction=0.0, anneal=10, td_age=2, bootstrap="search"
+        TINY, priority=0.5, correction=0.0, anneal=10, td_age=2, bootstrap="search", epsilon=0.25
     )
     agent = make_muzero(PUSH, config)
     state = init_learner(agent, PUSH, 2, jax.random.key(0))
     step = jax.jit(functools.partial(learner_step, agent), static_argnames="mode")
     for t in range(24):
-        state, _, _ = step(state, stream(PUSH, t), mode="random")
+        state, _, _ = step(state, stream(PUSH, t), mode="random" if t < 8 else "explore")
     return agent, jax.jit(agent.update), state
 
 
@@ -200,8 +200,9 @@ def test_priorities_are_refreshed_and_new_records_come_first():
     assert float(jnp.ptp(found)) > 0.0
     # What the value was off by, under the weights that the batch met (they predict 0).
     record, valid = (jax.tree.map(lambda x: x[0], x) for x in (batch.record, batch.valid))
-    target = jax.vmap(lambda r, v: unroll_targets(r, v, jnp.zeros(6), 2, 3, TINY.discount))
-    want = target(record, valid)
+    compute = functools.partial(unroll_targets, unroll=2, n=3, gamma=TINY.discount)
+    extras = record.extras
+    want = jax.vmap(compute)(record, valid, extras["value"], None, extras["explored"])
     error = jnp.abs(want.value[:, 0]) * want.has_value[:, 0]
     np.testing.assert_allclose(found[0, :, 0], (error + 1e-3) ** 0.5, rtol=1e-4)
     np.testing.assert_allclose(state.priority, found.max())
@@ -264,6 +265,19 @@ def test_targets_of_old_records_are_shorter():
     assert moved(3) == 0.0, "two rewards, as the records are 3 // 2 = 1 step too old"
     assert moved(4) > 1e-6
     assert moved(400) > 1e-6
+
+
+def test_some_actions_are_uniform_and_marked():
+    agent, _, before = scheduled()
+    obs, first = jax.random.normal(jax.random.key(3), (400, 2)), jnp.ones(400, bool)
+    act = jax.jit(agent.act, static_argnames="mode")
+    share = {}
+    for mode in ("random", "explore", "greedy"):
+        extras = act(before.agent, (), obs, first, KEY, mode=mode)[2]
+        share[mode] = float(extras["explored"].mean())
+    assert share["random"] == 1.0
+    assert share["greedy"] == 0.0
+    assert 0.17 < share["explore"] < 0.33
 
 
 MASKED = EnvSpec(

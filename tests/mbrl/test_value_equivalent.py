@@ -37,11 +37,11 @@ def record(flags: str, reward: Any = None) -> Record:
     )  # fmt: skip
 
 
-def targets(flags: str, value: Any = None, valid: Any = None, at_most: Any = None) -> Any:
+def targets(flags: str, value: Any = None, valid: Any = None, **options: Any) -> Any:
     size = len(flags)
     value = 100.0 + 10.0 * jnp.arange(size) if value is None else value
     valid = jnp.ones(size, bool) if valid is None else jnp.asarray(valid)
-    return unroll_targets(record(flags), valid, value, K, N, GAMMA, at_most)
+    return unroll_targets(record(flags), valid, value, unroll=K, n=N, gamma=GAMMA, **options)
 
 
 def test_inside_an_episode_every_value_sees_all_its_rewards():
@@ -60,7 +60,7 @@ def test_inside_an_episode_every_value_sees_all_its_rewards():
 @pytest.mark.parametrize("n", [1, 2])
 def test_only_the_values_that_returns_end_in_are_read(flags, n):
     value = 100.0 + 10.0 * jnp.arange(T)
-    rows = bootstrap_rows(record(flags), K, n)
+    rows = bootstrap_rows(record(flags), n, unroll=K)
     assert rows.shape == (K + 1,)
     spoiled = jnp.full(T, 7e5).at[rows].set(value[rows])
     full, part = targets(flags, value, at_most=n), targets(flags, spoiled, at_most=n)
@@ -80,10 +80,28 @@ def test_old_returns_may_be_shorter():
     )
 
 
+def test_returns_end_before_an_action_that_was_not_the_policys_own():
+    value = 100.0 + 10.0 * np.arange(T)
+    explored = jnp.array([False, False, True, False, False, False])
+    out = targets("......", explored=explored)
+    np.testing.assert_allclose(out.value[0], 2.0 + GAMMA * 3.0 + GAMMA**2 * value[2])
+    np.testing.assert_allclose(out.value[1], 3.0 + GAMMA * value[2])  # and not the reward behind
+    np.testing.assert_array_equal(out.has_value, [1.0, 1.0, 0.0, 1.0])
+    np.testing.assert_array_equal(out.has_policy, 1.0)
+    np.testing.assert_array_equal(out.has_reward, [0.0, 1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(
+        bootstrap_rows(record("......"), N, explored, unroll=K), [2, 2, 4, 5]
+    )
+    # The reward of an end is known whatever led to it, and so is what follows: nothing.
+    end = targets("..tf..", explored=jnp.array([False, True, False, False, False, False]))
+    np.testing.assert_allclose(end.value[0], 2.0 + GAMMA * value[1])
+    np.testing.assert_array_equal(end.has_value, [1.0, 0.0, 1.0, 1.0])
+
+
 def test_a_negative_discount_alternates_between_players():
     # The mover wins at record 2: good for who moved at 1, bad for who moved at 0.
     win = record("..tf..", [0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
-    out = unroll_targets(win, jnp.ones(T, bool), jnp.zeros(T), K, N, -1.0)
+    out = unroll_targets(win, jnp.ones(T, bool), jnp.zeros(T), unroll=K, n=N, gamma=-1.0)
     np.testing.assert_allclose(out.value, [-1.0, 1.0, 0.0, 0.0])
     np.testing.assert_array_equal(out.has_value, 1.0)
 

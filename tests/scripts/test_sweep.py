@@ -44,6 +44,19 @@ def test_the_grid_is_expanded_to_commands() -> None:
     assert wanted in [shlex.join(job.arguments) for job in jobs]
 
 
+def test_one_setting_is_changed_at_a_time() -> None:
+    settings = ("steps=100", "unroll=1,3", "consistency=2.0,4.0")
+    jobs = expand(SweepConfig("muzero", "A", "0", settings, "there", ablate=True))
+    assert [job.out.name for job in jobs] == [
+        "muzero-A-steps=100-0",
+        "muzero-A-steps=100-unroll=1-0",
+        "muzero-A-steps=100-unroll=3-0",
+        "muzero-A-steps=100-consistency=2.0-0",
+        "muzero-A-steps=100-consistency=4.0-0",
+    ]
+    assert "--consistency 4.0 --out" in shlex.join(jobs[-1].arguments)
+
+
 def test_flags_of_booleans_that_are_nested() -> None:
     assert sweep.as_flags("planner.keep", "False") == ["--planner.no-keep"]
     assert sweep.as_flags("planner.keep", "true") == ["--planner.keep"]
