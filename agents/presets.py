@@ -33,6 +33,22 @@ _SMALL = {
 _SPARSE = _SMALL | {"entropy": 0.01}
 """One reward per episode: with the published bonus the actor settles before it is predicted."""
 
+_AGING = {"td_age": 25, "target_every": 50}
+"""Returns of 40 rewards are those of whoever acted: what a beginner got says little soon, but where
+he failed stays true."""
+
+_COSTS = {"discount": 0.97, "model": {"max_reward": 17.0}, "td_steps": 10, "anneal": 7_000}
+
+_ONE_REWARD = {
+    "model": {"max_value": 1.0}, "td_steps": 10, "anneal": 4_500, "batch_size": 32,
+}  # fmt: skip
+
+_ROOM = {
+    "discount": 0.9, "model": {"max_value": 1.0}, "td_steps": 5, "target_every": 25,
+    "epsilon": 0.25, "anneal": 2_400,
+}  # fmt: skip
+"""All states of a small room are met, and the value in each is that of the best way on."""
+
 _BOARD = {
     "discount": 1.0, "model": {"max_value": 1.0, "latent": 64, "hidden": 128}, "td_steps": 9,
     "simulations": 25, "epsilon": 0.25, "anneal": 10_000,
@@ -55,7 +71,18 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("dreamer", "device/PixelCatch"): _SPARSE,
     ("dreamer", "device/PixelGridWorld"): _SPARSE,
     ("dreamer", "device/MemoryChain"): _SPARSE,
+    ("muzero", "CartPole-v1"): _AGING | {"anneal": 6_000},
+    ("muzero", "device/CartPole"): _AGING | {"anneal": 6_000},
+    ("muzero", "Acrobot-v1"): _AGING | {"discount": 0.99, "anneal": 14_000},
+    ("muzero", "device/Acrobot"): _AGING | {"discount": 0.99, "anneal": 14_000},
+    ("muzero", "Pendulum-v1"): _COSTS,
+    ("muzero", "device/Pendulum"): _COSTS,
+    ("muzero", "device/Catch"): _ONE_REWARD,
+    ("muzero", "device/PixelCatch"): _ONE_REWARD,
+    ("muzero", "device/GridWorld"): _ROOM,
+    ("muzero", "device/GridWorld4"): _ROOM,
     ("muzero", "device/TicTacToe"): _BOARD,
+    ("muzero", "device/ConnectFour"): _BOARD | {"td_steps": 42, "anneal": 25_000},
     ("pets", "InvertedPendulum-v5"): {
         "planner": _UNSTABLE,
         "propagation": "mean",

@@ -45,6 +45,7 @@ DEVICE: dict[str, Callable[..., MDP]] = {
     "device/MountainCarContinuous": mountain_car.make,
     "device/Catch": catch.make,
     "device/GridWorld": gridworld.make,
+    "device/GridWorld4": partial(gridworld.make, 4),
     "device/PixelCatch": pixel_catch.make,
     "device/PixelGridWorld": pixel_gridworld.make,
     "device/MemoryChain": memory_chain.make,
@@ -157,7 +158,8 @@ def _make_device(id: str, kwargs: dict[str, Any]) -> MDP:
         extra = sorted(kwargs.keys() - accepted.keys())
         raise ValueError(f"{id}: unknown arguments {extra}, expected some of {sorted(accepted)}")
     mdp = DEVICE[id](**kwargs)
-    return mdp if limit is None else mdp._replace(spec=mdp.spec._replace(max_episode_steps=limit))
+    limit = mdp.spec.max_episode_steps if limit is None else limit
+    return mdp._replace(spec=mdp.spec._replace(id=id, max_episode_steps=limit))
 
 
 def _load_object(id: str, kwargs: dict[str, Any]) -> EnvSpec | MDP | None:

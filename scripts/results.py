@@ -59,8 +59,15 @@ TARGETS = {
     ("dreamer", "device/PixelCatch", 20_000): Target(1.0, every_seed=True),
     ("dreamer", "device/MemoryChain", 5_000): Target(0.9, every_seed=True),
     ("dreamer", "InvertedPendulum-v5", 30_000): Target(1_000.0, every_seed=True),
+    ("muzero", "CartPole-v1", 25_000): Target(475.0, every_seed=True),
+    ("muzero", "CartPole-v1", 25_000, "--simulations", "4"): Target(475.0, every_seed=True),
+    ("muzero", "CartPole-v1", 10_000): Target(475.0, every_seed=True),
+    ("muzero", "device/PixelCatch", 20_000): Target(1.0, every_seed=True),
+    ("muzero", "Acrobot-v1", 60_000): Target(-100.0),
+    ("muzero", "Pendulum-v1", 30_000): Target(-200.0),
+    ("muzero", "LunarLander-v3", 300_000): Target(200.0),
 }
-"""By agent, environment and steps per seed."""
+"""By agent, environment, steps per seed, and the flags that differ from the preset."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +148,7 @@ def _rows_of(group: Sequence[tuple[Path, dict[str, Any]]], note: str) -> list[Ro
         raise ValueError(f"{group[0][0]}: the runs are of several commits: {sorted(commits)}")
     results = [json.loads((folder / "evaluation.json").read_text("utf-8")) for folder, _ in done]
     values = [s["return_mean"] for result in results for s in result["seeds"].values()]
-    if any(result["step"] != saved["steps"] for result in results):
+    if any(result["step"] < saved["steps"] for result in results):
         raise ValueError(f"{group[0][0]}: evaluated after {results[0]['step']} steps, before the "
                          f"end of the run at {saved['steps']}; finish it first")  # fmt: skip
     if len(done) < len(group):
@@ -161,8 +168,9 @@ def _rows_of(group: Sequence[tuple[Path, dict[str, Any]]], note: str) -> list[Ro
         "date": _date(max((folder / "evaluation.json").stat().st_mtime for folder, _ in done)),
         "note": note,
     }
-    # Targets are those of the presets: an ablation has none.
-    target = None if flags else TARGETS.get((saved["agent"], saved["env"], row["steps"]))
+    # Targets are those of the presets, an ablation has none; where to act is left open.
+    fixed = tuple(changed_flags({**saved, "num_envs": 1}))
+    target = TARGETS.get((saved["agent"], saved["env"], row["steps"], *fixed))
     median = row | {"metric": "return, median seed", "value": statistics.median(values)}
     if target is None:
         return [median]

@@ -34,6 +34,7 @@ def test_device_ids_are_their_own_name(id):
             "MountainCarContinuous": 999,
             "Catch": 20,
             "GridWorld": 100,
+            "GridWorld4": 100,
             "PixelCatch": 16,
             "PixelGridWorld": 100,
             "MemoryChain": 22,
