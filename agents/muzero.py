@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agents.reanalysis import reanalysed, remember, rows_of, targets_of
 from mbrl import optim, replay, spaces
 from mbrl.losses.value_equivalent import (
     Targets,
-    bootstrap_rows,
     cosine_error,
-    unroll_targets,
     unroll_weights,
 )
 from mbrl.mdp import penalized
@@ -31,7 +30,7 @@ from mbrl.models.value_equivalent import (
     ValueEquivalentState,
     value_equivalent,
 )
-from mbrl.planning.search import Found, SearchConfig, search
+from mbrl.planning.search import SearchConfig, search
 from mbrl.policies import explore, weighted_nll
 from mbrl.settings import check_whole, check_within
 from mbrl.types import (
@@ -64,7 +63,8 @@ class MuZeroConfig:
     td_steps: int = 40
     """Rewards per value target before it bootstraps (P: 5 to 10; M)."""
     td_age: int = 0
-    """Updates of age after which a target has one reward less (EfficientZero); 0 = never."""
+    """Updates of age after which a target has one reward less (EfficientZero); 0 = never. The
+    last one goes where records are reanalysed: what the search finds now is then the target."""
     discount: float = 0.997
     """Per step (P)."""
     model: ValueEquivalentConfig = ValueEquivalentConfig(latent=32, hidden=64)
@@ -180,7 +180,7 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
         noise = 0.0 if mode == "greedy" else 1.0
         temperature = 1.0 - 0.75 * _progress(config, state.updates)
         found = find(state.model, search_key, latent, invalid, noise, noise * temperature)
-        action, extras = found.action, _remember(spec, found)
+        action, extras = found.action, remember(spec, found)
         if mode == "random" or config.epsilon:
             chance = {"random": 1.0, "explore": config.epsilon, "greedy": 0.0}[mode]
             action, explored = explore(spec.action, random_key, action, chance, invalid)
@@ -194,13 +194,13 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
     def learn(state: MuZeroState, inputs: Any) -> tuple[MuZeroState, tuple[Metrics, Any]]:
         record, valid, odds, key = inputs
         before = state
-        moments = model.standardize(state.model.moments, _rows(record.obs), valid.reshape(-1))
+        moments = model.standardize(state.model.moments, rows_of(record.obs), valid.reshape(-1))
         state = state._replace(
             model=state.model._replace(moments=moments),
             target=state.target._replace(moments=moments),
         )
-        record = _reanalysed(spec, config, model, find, state.target, record, key)
-        targets = _targets(spec, config, model, state, record, valid)
+        record = reanalysed(spec, config, model, find, state.target, record, key)
+        targets = targets_of(spec, config, model, state, record, valid)
         rest = 1.0 - _progress(config, state.updates)
         weight = replay.importance(odds, 1.0 - (1.0 - config.correction) * rest)
         grad_fn = jax.grad(partial(muzero_loss, spec, config, model), has_aux=True)
@@ -280,66 +280,9 @@ def muzero_loss(
     return loss, (metrics, t.has_value[0] * jnp.abs(first_value - t.value[0]))
 
 
-def _remember(spec: EnvSpec, found: Found) -> dict[str, Array]:
-    kept = {"weights": found.weights, "value": found.value}
-    if isinstance(spec.action, Box):
-        encode = jax.vmap(partial(spaces.encode_action, spec.action))
-        kept["candidates"] = encode(cast(Array, found.candidates))
-    return kept
-
-
-def _rows(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-
-def _targets(
-    spec: EnvSpec, config: MuZeroConfig, model: ValueEquivalent, state: MuZeroState,
-    record: Record, valid: Array,
-) -> Targets:  # fmt: skip
-    steps, explored = jnp.full(valid.shape[0], config.td_steps), record.extras.get("explored")
-    if config.td_age:  # old rewards are those of another policy
-        age = state.updates - record.extras["born"][:, 0]
-        steps = jnp.maximum(steps - age // config.td_age, 1)
-    value = record.extras["value"]
-    if config.bootstrap == "target":
-        batch = jnp.arange(valid.shape[0])[:, None]
-        ends = partial(bootstrap_rows, unroll=config.unroll)
-        read = jax.vmap(ends)(record, steps, explored)
-        seen = _rows(jax.tree.map(lambda x: x[batch, read], record.obs))
-        latent = model.mdp.init(state.target, jax.random.key(0), seen)
-        found = model.predictor.predict(state.target, latent)[1].reshape(read.shape)
-        value = jnp.zeros(valid.shape).at[batch, read].set(found)
-    gamma = -config.discount if spec.players == 2 else config.discount
-    targets = partial(unroll_targets, unroll=config.unroll, n=config.td_steps, gamma=gamma)
-    found = jax.vmap(targets)(record, valid, value, steps, explored)
-    return jax.tree.map(jax.lax.stop_gradient, found)
-
-
 def _progress(config: MuZeroConfig, updates: Array) -> Array | float:
     """Return how much of the schedules has passed, from 0 to 1."""
     return jnp.minimum(updates / config.anneal, 1.0) if config.anneal else 0.0
-
-
-def _reanalysed(
-    spec: EnvSpec, config: MuZeroConfig, model: ValueEquivalent, find: Any,
-    target: ValueEquivalentState, record: Record, key: Key,
-) -> Record:  # fmt: skip
-    """Search again, with the target network, where the first rows of a batch are unrolled."""
-    rows = round(config.reanalyse * record.reward.shape[0])
-    if not rows:
-        return record
-    init_key, search_key = jax.random.split(key)
-    part = _rows(jax.tree.map(lambda x: x[:rows, : config.unroll + 1], record.obs))
-    latent = model.mdp.init(target, init_key, part)
-    found = find(target, search_key, latent, spaces.invalid_actions(spec, part))
-    fresh = _remember(spec, found)
-
-    def write(old: Array, new: Array) -> Array:
-        new = new.reshape(rows, config.unroll + 1, *new.shape[1:])
-        return old.at[:rows, : config.unroll + 1].set(new)
-
-    known = {name: record.extras[name] for name in fresh}
-    return record._replace(extras={**record.extras, **jax.tree.map(write, known, fresh)})
 
 
 def _check(spec: EnvSpec) -> None:

@@ -39,13 +39,11 @@ he failed stays true."""
 
 _COSTS = {"discount": 0.97, "model": {"max_reward": 17.0}, "td_steps": 10, "anneal": 7_000}
 
-_ONE_REWARD = {
-    "model": {"max_value": 1.0}, "td_steps": 10, "anneal": 4_500, "batch_size": 32,
-}  # fmt: skip
+_ONE_REWARD = {"model": {"max_value": 1.0}, "td_steps": 16, "anneal": 4_500}
 
 _ROOM = {
-    "discount": 0.9, "model": {"max_value": 1.0}, "td_steps": 5, "target_every": 25,
-    "epsilon": 0.25, "anneal": 2_400,
+    "discount": 0.9, "model": {"max_value": 1.0}, "td_steps": 2, "target_every": 25,
+    "epsilon": 0.5, "anneal": 2_400,
 }  # fmt: skip
 """All states of a small room are met, and the value in each is that of the best way on."""
 
@@ -78,7 +76,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("muzero", "Pendulum-v1"): _COSTS,
     ("muzero", "device/Pendulum"): _COSTS,
     ("muzero", "device/Catch"): _ONE_REWARD,
-    ("muzero", "device/PixelCatch"): _ONE_REWARD,
+    ("muzero", "device/PixelCatch"): _ONE_REWARD | {"batch_size": 64, "consistency": 2.0},
     ("muzero", "device/GridWorld"): _ROOM,
     ("muzero", "device/GridWorld4"): _ROOM,
     ("muzero", "device/TicTacToe"): _BOARD,

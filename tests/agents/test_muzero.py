@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 from agents.muzero import MuZeroConfig, make_muzero
+from agents.reanalysis import targets_of
 from mbrl import replay, spaces
 from mbrl.losses.value_equivalent import unroll_targets
-from mbrl.models.value_equivalent import ValueEquivalentConfig
+from mbrl.models.value_equivalent import ValueEquivalentConfig, value_equivalent
 from mbrl.training.learner import example_record, init_learner, learner_step, learner_update
 from mbrl.types import Agent, Discrete, EnvSpec, MultiDiscrete, TimeStep
 
 TINY = MuZeroConfig(
     simulations=4, candidates=3, unroll=2, td_steps=3, batch_size=4,
     model=ValueEquivalentConfig(latent=8, hidden=8, depth=2, max_value=20.0),
-    train_ratio=1.0, random_steps=16, capacity=64, target_every=3,
+    train_ratio=1.0, random_steps=16, capacity=64, target_every=3, weight_decay=0.0,
 )  # fmt: skip
 LINE = spaces.box(-np.inf, np.inf, (2,))
 PUSH = EnvSpec("push", LINE, Discrete(3), 10)
@@ -188,11 +189,19 @@ def scheduled() -> tuple[Any, Any, Any]:
     return agent, jax.jit(agent.update), state
 
 
+def lively(agent: Agent, before: Any) -> Any:
+    """A batch with a reward in every record and nothing but the policy's own actions."""
+    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    extras = {**batch.record.extras, "explored": jnp.zeros(batch.valid.shape, bool)}
+    reward = jax.random.uniform(jax.random.key(6), batch.valid.shape)
+    return batch._replace(record=batch.record._replace(reward=reward, extras=extras))
+
+
 def test_priorities_are_refreshed_and_new_records_come_first():
     agent, update, before = scheduled()
     assert agent.sampling.priority == "priority"
     np.testing.assert_array_equal(before.ring.record.extras["priority"][:, :24], 1.0)
-    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    batch = lively(agent, before)
     state, _, feedback = update(before.agent, batch, KEY)
     found = feedback["priority"]
     assert found.shape == (1, TINY.batch_size, 1)
@@ -212,7 +221,7 @@ def test_priorities_are_refreshed_and_new_records_come_first():
 
 def test_likely_sequences_count_for_less_and_in_full_at_the_end_of_the_schedule():
     agent, update, before = scheduled()
-    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    batch = lively(agent, before)
     likely = batch._replace(odds=jnp.array([[100.0, 1.0, 1.0, 1.0]]))
     late = before.agent._replace(updates=jnp.asarray(10))
 
@@ -226,7 +235,7 @@ def test_likely_sequences_count_for_less_and_in_full_at_the_end_of_the_schedule(
 
 def test_nothing_is_refreshed_by_a_skipped_update():
     agent, update, before = scheduled()
-    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    batch = lively(agent, before)
     bad = batch._replace(
         record=batch.record._replace(obs=batch.record.obs.at[0, 0, 1].set(jnp.nan))
     )
@@ -237,7 +246,7 @@ def test_nothing_is_refreshed_by_a_skipped_update():
 
 def test_the_step_size_falls_with_the_schedule():
     agent, update, before = scheduled()
-    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    batch = lively(agent, before)
     state, sizes = before.agent, []
     for _ in range(14):
         old = state.model.weights["value"]
@@ -251,10 +260,10 @@ def test_the_step_size_falls_with_the_schedule():
 def test_targets_of_old_records_are_shorter():
     agent, update, before = scheduled()
     np.testing.assert_array_equal(before.ring.record.extras["born"][:, :24], 0)
-    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    batch = lively(agent, before)
+    own = batch.record.extras
     # A lie about the value right behind the first record is read by short returns alone.
-    extras = dict(batch.record.extras)
-    extras["value"] = extras["value"].at[:, :, 1].set(15.0)
+    extras = {**own, "value": own["value"].at[:, :, 1].set(15.0)}
     lied = batch._replace(record=batch.record._replace(extras=extras))
 
     def moved(updates: int) -> float:
@@ -265,6 +274,31 @@ def test_targets_of_old_records_are_shorter():
     assert moved(3) == 0.0, "two rewards, as the records are 3 // 2 = 1 step too old"
     assert moved(4) > 1e-6
     assert moved(400) > 1e-6
+
+
+def test_old_records_take_what_the_search_finds_now():
+    agent, _, before = scheduled()
+    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    record, valid = (jax.tree.map(lambda x: x[0], x) for x in (batch.record, batch.valid))
+    config = dataclasses.replace(TINY, td_age=2, bootstrap="search", reanalyse=0.5)
+    model = value_equivalent(PUSH, TINY.model, TINY.discount)
+
+    def targets(updates: int) -> Any:
+        state = before.agent._replace(updates=jnp.asarray(updates))
+        return jax.tree.map(np.asarray, targets_of(PUSH, config, model, state, record, valid))
+
+    new, late, old = (targets(updates) for updates in (0, 5, 6))
+    acts, size = old.has_policy > 0, TINY.unroll + 1
+    np.testing.assert_array_equal(new.has_value, late.has_value)  # one reward is left
+    found = np.asarray(record.extras["value"])[:, :size]
+    np.testing.assert_array_equal(old.value[:2][acts[:2]], found[:2][acts[:2]])
+    np.testing.assert_array_equal(old.has_value[:2], np.maximum(new.has_value, acts)[:2])
+    np.testing.assert_array_equal(old.has_value[2:], new.has_value[2:] * ~acts[2:])
+    ended = (new.has_value > 0) & ~acts
+    assert ended.any()
+    np.testing.assert_array_equal(old.value[ended], 0.0)
+    for name in ("reward", "has_reward", "has_policy"):
+        np.testing.assert_array_equal(getattr(old, name), getattr(new, name))
 
 
 def test_some_actions_are_uniform_and_marked():
