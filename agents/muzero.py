@@ -75,8 +75,9 @@ class MuZeroConfig:
     """Share of every batch whose policy targets are searched again."""
     bootstrap: Literal["target", "search"] = "target"
     """Value beyond td_steps: the target network's, or what the search found when acting."""
-    target_every: int = 100
-    """Updates between two copies to the target network (P)."""
+    target_rate: float = 0.01
+    """Share by which the target network follows per update (P: a copy every 100). Its average
+    over many updates also acts when the agent is judged."""
     value_weight: float = 0.25
     """Of the value's loss beside the reward's and the policy's (P)."""
     consistency: float = 0.0
@@ -106,15 +107,14 @@ class MuZeroConfig:
     """Records kept in replay."""
 
     def __post_init__(self) -> None:
-        check_whole(
-            self, "simulations", "candidates", "unroll", "td_steps", "target_every", "batch_size"
-        )
+        check_whole(self, "simulations", "candidates", "unroll", "td_steps", "batch_size")
         check_whole(self, "td_age", "anneal", least=0)
         check_within(self, "discount", 0, 1, "(]")
         check_within(self, "reanalyse", 0, 1)
         check_within(self, "priority", 0)
         check_within(self, "correction", 0, 1)
         check_within(self, "epsilon", 0, 1)
+        check_within(self, "target_rate", 0, 1, "(]")
         if self.model.members == 1 and isinstance(self.penalty, float) and self.penalty:
             raise ValueError(
                 f"model.members: got 1 with penalty={self.penalty}, expected several heads to "
@@ -175,11 +175,12 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
         state: MuZeroState, carry: Any, obs: Any, is_first: Array, key: Key, mode: Mode
     ) -> tuple[Any, Any, Any]:
         search_key, random_key = jax.random.split(key)
-        latent = model.mdp.init(state.model, key, obs)
+        acting = state.target if mode == "greedy" else state.model
+        latent = model.mdp.init(acting, key, obs)
         invalid = spaces.invalid_actions(spec, obs)
         noise = 0.0 if mode == "greedy" else 1.0
         temperature = 1.0 - 0.75 * _progress(config, state.updates)
-        found = find(state.model, search_key, latent, invalid, noise, noise * temperature)
+        found = find(acting, search_key, latent, invalid, noise, noise * temperature)
         action, extras = found.action, remember(spec, found)
         if mode == "random" or config.epsilon:
             chance = {"random": 1.0, "explore": config.epsilon, "greedy": 0.0}[mode]
@@ -208,8 +209,7 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model.weights)
         weights = cast(Params, optax.apply_updates(state.model.weights, updates))
         counts = cast(optim.FiniteState, opt_state)
-        copied = state.updates % config.target_every == config.target_every - 1
-        target = jax.tree.map(partial(jnp.where, copied), weights, state.target.weights)
+        target = optim.polyak(state.target.weights, weights, config.target_rate)
         priority = (error + 1e-3) ** config.priority
         learned = MuZeroState(
             state.model._replace(weights=weights), state.target._replace(weights=target),

@@ -112,8 +112,8 @@ def compare(folder: Path) -> tuple[float, float]:
     exact = solve(job.env, job.config.discount)
     running = exact.action_value.max(-1) > 0  # all but the goal, where nothing follows
     model = value_equivalent(job.spec, job.config.model, job.config.discount)
-    latent = model.mdp.init(state.model, jax.random.key(0), exact.obs)
-    value = np.asarray(model.predictor.predict(state.model, latent)[1])
+    latent = model.mdp.init(state.target, jax.random.key(0), exact.obs)
+    value = np.asarray(model.predictor.predict(state.target, latent)[1])
     error = np.abs(value - exact.action_value.max(-1))[running].max()
     first = jnp.ones(len(value), bool)
     act = job.factory({}).act

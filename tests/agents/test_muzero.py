@@ -22,7 +22,7 @@ from mbrl.types import Agent, Discrete, EnvSpec, MultiDiscrete, TimeStep
 TINY = MuZeroConfig(
     simulations=4, candidates=3, unroll=2, td_steps=3, batch_size=4,
     model=ValueEquivalentConfig(latent=8, hidden=8, depth=2, max_value=20.0),
-    train_ratio=1.0, random_steps=16, capacity=64, target_every=3, weight_decay=0.0,
+    train_ratio=1.0, random_steps=16, capacity=64, target_rate=0.25, weight_decay=0.0,
 )  # fmt: skip
 LINE = spaces.box(-np.inf, np.inf, (2,))
 PUSH = EnvSpec("push", LINE, Discrete(3), 10)
@@ -126,17 +126,21 @@ def test_actions_stay_inside_asymmetric_bounds():
         assert mode == "greedy" or float(jnp.ptp(action)) > 1.0
 
 
-def test_the_target_network_is_a_copy_every_few_updates():
-    agent, (before, _), _ = learner(0)
-    update, state, batch = jax.jit(agent.update), before.agent, batch_of(before)
-    same = []
-    for i in range(4):
-        old = state.target.weights
-        state, _, _ = update(state, batch, jax.random.key(i))
-        same.append(distance(old, state.target.weights) == 0.0)
-        if not same[-1]:
-            assert distance(state.target.weights, state.model.weights) == 0.0
-    assert same == [True, True, False, True]
+def test_the_target_network_follows_and_acts_when_the_agent_is_judged():
+    agent, (before, after), _ = learner(0)
+    want = jax.tree.map(
+        lambda old, new: 0.75 * old + 0.25 * new,
+        before.agent.target.weights, after.agent.model.weights,
+    )  # fmt: skip
+    assert distance(want, after.agent.target.weights) < 1e-6
+    assert distance(after.agent.model.weights, after.agent.target.weights) > 1e-5
+    act = jax.jit(agent.act, static_argnames="mode")
+    obs, first = jax.random.normal(jax.random.key(3), (8, 2)), jnp.ones(8, bool)
+    broken = jax.tree.map(lambda x: x * jnp.nan, after.agent.target.weights)
+    state = after.agent._replace(target=after.agent.target._replace(weights=broken))
+    for mode, same in (("explore", True), ("greedy", False)):
+        one, two = (act(s, (), obs, first, KEY, mode=mode)[2] for s in (after.agent, state))
+        assert bool(jnp.array_equal(one["weights"], two["weights"])) == same
 
 
 def batch_of(state: Any) -> Any:

@@ -58,8 +58,8 @@ def test_learns_the_way_through_a_room_and_what_it_is_worth():
     exact = solve(mdp, config.discount)
     state = jax.tree.map(lambda x: x[0], agent)
     model = value_equivalent(mdp.spec, config.model, config.discount)
-    latent = model.mdp.init(state.model, jax.random.key(0), exact.obs)
-    value = np.asarray(model.predictor.predict(state.model, latent)[1])
+    latent = model.mdp.init(state.target, jax.random.key(0), exact.obs)
+    value = np.asarray(model.predictor.predict(state.target, latent)[1])
     best = exact.action_value.max(-1)
     assert np.corrcoef(value[:-1], best[:-1])[0, 1] > 0.8
     first = jnp.ones(len(best), bool)
