@@ -30,6 +30,9 @@ _SMALL = {
 }  # fmt: skip
 """Dreamer on tasks of thousands of steps: the published step size has not warmed up there."""
 
+_LONG = {"train_ratio": 0.25}
+"""Tens of thousands of steps hold enough updates at half the rate."""
+
 _SPARSE = _SMALL | {"entropy": 0.01}
 """One reward per episode: with the published bonus the actor settles before it is predicted."""
 
@@ -65,13 +68,13 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "Reacher-v5"): {"train_every": 250, "batch_size": 256, "planner": _PRECISE},
     ("dreamer", "CartPole-v1"): _SMALL,
     ("dreamer", "device/CartPole"): _SMALL,
-    ("dreamer", "Pendulum-v1"): _SMALL,
-    ("dreamer", "device/Pendulum"): _SMALL,
-    ("dreamer", "InvertedPendulum-v5"): _SMALL,
+    ("dreamer", "Pendulum-v1"): _SMALL | _LONG,
+    ("dreamer", "device/Pendulum"): _SMALL | _LONG,
+    ("dreamer", "InvertedPendulum-v5"): _SMALL | _LONG,
     ("dreamer", "Acrobot-v1"): _SMALL,
     ("dreamer", "dm_control/cartpole-balance-v0"): _SMALL,
     ("dreamer", "device/Catch"): _SPARSE,
-    ("dreamer", "device/PixelCatch"): _SPARSE,
+    ("dreamer", "device/PixelCatch"): _SPARSE | _LONG,
     ("dreamer", "device/PixelGridWorld"): _SPARSE,
     ("dreamer", "device/MemoryChain"): _SPARSE,
     ("muzero", "CartPole-v1"): _BALANCE,

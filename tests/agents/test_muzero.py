@@ -127,19 +127,20 @@ def test_actions_stay_inside_asymmetric_bounds():
 
 
 def test_the_target_network_follows_and_acts_when_the_agent_is_judged():
-    agent, (before, after), _ = learner(0)
+    agent, (before, _), _ = learner(0)
+    start = before.agent
+    after, _, _ = jax.jit(agent.update)(start, batch_of(before), KEY)
     want = jax.tree.map(
-        lambda old, new: 0.75 * old + 0.25 * new,
-        before.agent.target.weights, after.agent.model.weights,
-    )  # fmt: skip
-    assert distance(want, after.agent.target.weights) < 1e-6
-    assert distance(after.agent.model.weights, after.agent.target.weights) > 1e-5
+        lambda old, new: 0.75 * old + 0.25 * new, start.target.weights, after.model.weights
+    )
+    assert distance(want, after.target.weights) < 1e-6
+    assert distance(after.model.weights, after.target.weights) > 1e-5
     act = jax.jit(agent.act, static_argnames="mode")
     obs, first = jax.random.normal(jax.random.key(3), (8, 2)), jnp.ones(8, bool)
-    broken = jax.tree.map(lambda x: x * jnp.nan, after.agent.target.weights)
-    state = after.agent._replace(target=after.agent.target._replace(weights=broken))
+    broken = jax.tree.map(lambda x: x * jnp.nan, after.target.weights)
+    state = after._replace(target=after.target._replace(weights=broken))
     for mode, same in (("explore", True), ("greedy", False)):
-        one, two = (act(s, (), obs, first, KEY, mode=mode)[2] for s in (after.agent, state))
+        one, two = (act(s, (), obs, first, KEY, mode=mode)[2] for s in (after, state))
         assert bool(jnp.array_equal(one["weights"], two["weights"])) == same
 
 
