@@ -201,7 +201,7 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
             target=state.target._replace(moments=moments),
         )
         record = reanalysed(spec, config, model, find, state.target, record, key)
-        targets = targets_of(spec, config, model, state, record, valid)
+        targets = targets_of(spec, config, model, state.target, state.updates, record, valid)
         rest = 1.0 - _progress(config, state.updates)
         weight = replay.importance(odds, 1.0 - (1.0 - config.correction) * rest)
         grad_fn = jax.grad(partial(muzero_loss, spec, config, model), has_aux=True)

@@ -8,7 +8,7 @@ al. 2021 (arXiv:2111.00210), search values for old records after Wang et al. 202
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from mbrl.models.value_equivalent import ValueEquivalent, ValueEquivalentState
 from mbrl.planning.search import Found, Search
 from mbrl.types import Array, Box, EnvSpec, Key, Record
 
-if TYPE_CHECKING:
-    from agents.muzero import MuZeroConfig, MuZeroState
+Config = Any
+"""An `agents.muzero.MuZeroConfig`, which imports this module."""
 
 
 def remember(spec: EnvSpec, found: Found) -> dict[str, Array]:
@@ -37,13 +37,13 @@ def rows_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def num_reanalysed(config: MuZeroConfig) -> int:
+def num_reanalysed(config: Config) -> int:
     """Return how many sequences of a batch are searched again: its first ones."""
     return round(config.reanalyse * config.batch_size)
 
 
 def reanalysed(
-    spec: EnvSpec, config: MuZeroConfig, model: ValueEquivalent, find: Search,
+    spec: EnvSpec, config: Config, model: ValueEquivalent, find: Search,
     target: ValueEquivalentState, record: Record, key: Key,
 ) -> Record:  # fmt: skip
     """Search again, with the target network, where the first rows of a batch are unrolled."""
@@ -63,21 +63,21 @@ def reanalysed(
 
 
 def targets_of(
-    spec: EnvSpec, config: MuZeroConfig, model: ValueEquivalent, state: MuZeroState,
-    record: Record, valid: Array,
+    spec: EnvSpec, config: Config, model: ValueEquivalent, target: ValueEquivalentState,
+    updates: Array, record: Record, valid: Array,
 ) -> Targets:  # fmt: skip
     """Compute the targets of a batch [B, T, ...] that `reanalysed` has gone through."""
     steps, explored = jnp.full(valid.shape[0], config.td_steps), record.extras.get("explored")
     if config.td_age:  # rewards are those of whoever acted
-        steps = steps - (state.updates - record.extras["born"][:, 0]) // config.td_age
+        steps = steps - (updates - record.extras["born"][:, 0]) // config.td_age
     at_most = jnp.maximum(steps, 1)
     value = record.extras["value"]
     if config.bootstrap == "target":
         batch = jnp.arange(valid.shape[0])[:, None]
         read = jax.vmap(partial(bootstrap_rows, unroll=config.unroll))(record, at_most, explored)
         seen = rows_of(jax.tree.map(lambda x: x[batch, read], record.obs))
-        latent = model.mdp.init(state.target, jax.random.key(0), seen)
-        predicted = model.predictor.predict(state.target, latent)[1].reshape(read.shape)
+        latent = model.mdp.init(target, jax.random.key(0), seen)
+        predicted = model.predictor.predict(target, latent)[1].reshape(read.shape)
         value = jnp.zeros(valid.shape).at[batch, read].set(predicted)
     gamma = -config.discount if spec.players == 2 else config.discount
     compute = partial(unroll_targets, unroll=config.unroll, n=config.td_steps, gamma=gamma)

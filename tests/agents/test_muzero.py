@@ -289,8 +289,8 @@ def test_old_records_take_what_the_search_finds_now():
     model = value_equivalent(PUSH, TINY.model, TINY.discount)
 
     def targets(updates: int) -> Any:
-        state = before.agent._replace(updates=jnp.asarray(updates))
-        return jax.tree.map(np.asarray, targets_of(PUSH, config, model, state, record, valid))
+        now = before.agent.target, jnp.asarray(updates)
+        return jax.tree.map(np.asarray, targets_of(PUSH, config, model, *now, record, valid))
 
     new, late, old = (targets(updates) for updates in (0, 5, 6))
     acts, size = old.has_policy > 0, TINY.unroll + 1

@@ -122,4 +122,4 @@ def test_env_spec_names_the_environment():
     with pytest.raises(ValueError, match="action space of Mine"):
         spec.env_spec("Mine", spaces.Discrete(2), spaces.Text(3))
     got = spec.env_spec("Mine", spaces.Discrete(2), spaces.Discrete(3), 7)
-    assert got == ("Mine", Discrete(2), Discrete(3), 7)
+    assert got == ("Mine", Discrete(2), Discrete(3), 7, 1)

@@ -305,10 +305,19 @@ def test_images_and_boxes():
     [
         ({"latent": 0}, "latent must be at least 1, got 0"),
         ({"members": 0}, "members must be at least 1"),
-        ({"max_value": 0.0}, r"max_value must be in \(0, inf\)"),
+        ({"max_value": -1.0}, r"max_value must be in \[0, inf\)"),
         ({"max_reward": -1.0}, "max_reward must be in"),
     ],
 )
 def test_refuses_impossible_sizes(change, message):
     with pytest.raises(ValueError, match=message):
         ve.ValueEquivalentConfig(**change)
+
+
+def test_the_range_of_values_follows_from_the_discount_where_there_is_one():
+    config = ve.ValueEquivalentConfig(latent=4, hidden=4, max_reward=2.0)
+    value = ve.value_equivalent(SPEC, config, 0.9).value
+    np.testing.assert_array_equal(value.clips(jnp.array([19.9, -20.0, 20.1])), [0, 0, 1])
+    for endless in (1.0, jnp.asarray(0.9)):
+        with pytest.raises(ValueError, match="max_value: got 0 with discount="):
+            ve.value_equivalent(SPEC, config, endless)
