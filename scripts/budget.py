@@ -43,6 +43,8 @@ class BudgetConfig:
     """Plans per iteration of the run's own planner."""
     cem_populations: tuple[int, ...] = (20, 50, 100, 400)
     """Plans per iteration of PETS-CEM; the last one is the paper's."""
+    simulations: tuple[int, ...] = ()
+    """Simulations of tree search, for runs that have learned a value."""
 
 
 def main(argv: list[str]) -> int:
@@ -66,6 +68,7 @@ def planners(own: PlannerConfig, config: BudgetConfig) -> list[PlannerConfig]:
           for p in config.populations),
         *(dataclasses.replace(PETS_CEM, population=p, elites=max(2, p // 10))
           for p in config.cem_populations),
+        *(dataclasses.replace(own, method="search", population=p) for p in config.simulations),
     ]  # fmt: skip
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ import envs
 from mbrl.models.value import terminal_value, value_model
 from mbrl.planning import PlannerConfig, planner, playout_value
 from mbrl.planning.score import Value
+from mbrl.training import run_directory
 from mbrl.training.evaluation import evaluate_device, evaluate_host, statistics
 from mbrl.training.learner import seed_keys
 from mbrl.types import MDP, Agent, Array, Key, Mode, Planner, SampleSpec, reset_rows
-from scripts import runs
+from scripts import results, runs
 from scripts.cli import parse, run
 
 
@@ -47,6 +50,8 @@ class PlanConfig:
     """Steps of such a rollout."""
     planner: PlannerConfig = PlannerConfig()
     """How to plan."""
+    out: str = ""
+    """JSON-lines file of results to add a line to."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
 
@@ -64,6 +69,8 @@ def main(argv: list[str]) -> int:
     where = config.env or config.model
     returns = play(agent, mdp, where, config.episodes, config.seed)[0]
     mean, std, iqm = statistics(returns)
+    if config.out:
+        results.write(Path(config.out), [result(config, mean, argv)])
     if config.json:
         found = {"return_mean": mean, "return_std": std, "return_iqm": iqm}
         print(json.dumps({**found, "env": where, "returns": [float(r) for r in returns]}))
@@ -73,6 +80,20 @@ def main(argv: list[str]) -> int:
             f"{std:.1f}  IQM {iqm:.1f}  min {returns.min():.1f}  ({config.episodes} episodes)"
         )
     return 0
+
+
+def result(config: PlanConfig, mean: float, argv: list[str]) -> dict[str, Any]:
+    """Return the line of a result file, as `scripts/budget.py` writes them."""
+    versions, plan = run_directory.versions(), config.planner
+    return {
+        "benchmark": "Planning budget", "task": config.env or config.model, "agent": "none",
+        "setting": f"{plan.method} in {config.model}, {plan.evaluations():,} model evaluations "
+        "per action",
+        "metric": "return", "value": mean, "values": [mean], "steps": 0, "seeds": 1,
+        "command": f"mbrl plan {shlex.join(argv)}", **results.origin(versions),
+        "commit": versions.get("commit", "unknown"), "date": time.strftime("%Y-%m-%d"),
+        "note": f"{config.episodes} episodes, seed {config.seed}",
+    }  # fmt: skip
 
 
 def value_of(config: PlanConfig, mdp: MDP) -> Value | None:

@@ -35,11 +35,16 @@ def test_a_playout_is_the_return_of_random_actions():
         playout_value(mdp, 5, 0)
 
 
-def test_planning_in_a_simulator_beats_chance(capsys):
+def test_planning_in_a_simulator_beats_chance(tmp_path: Path, capsys):
     argv = ["plan", "device/CartPole", "--env", "CartPole-v1", "--playouts", "2"]
     argv += ["--playout-horizon", "15", "--json", "--episodes", "2", "--planner.method", "search"]
     argv += ["--planner.population", "8", "--planner.horizon", "6"]
+    argv += ["--out", str(tmp_path / "results.jsonl")]
     assert main(argv) == 0
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["setting"] == "search in device/CartPole, 8 model evaluations per action"
+    assert row["value"] > 60.0
     found = json.loads(capsys.readouterr().out)
     assert found["env"] == "CartPole-v1"
     assert len(found["returns"]) == 2
