@@ -33,7 +33,7 @@ from scripts.speed import cores_text, speed
 Row = dict[str, Any]
 IDENTITY = ("benchmark", "task", "agent", "setting", "steps", "metric")
 
-TITLES = {"pets": "PETS", "dreamer": "Dreamer"}
+TITLES = {"pets": "PETS", "dreamer": "Dreamer", "muzero": "MuZero"}
 ALIKE = ("seeds", "versions", "log_every", "save_every", "eval_episodes")
 """Settings in which runs of one result may differ."""
 
