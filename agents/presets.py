@@ -51,7 +51,7 @@ _ONE_REWARD = {"model": {"max_value": 1.0}, "td_steps": 16, "anneal": 4_500}
 
 _ROOM = {
     "discount": 0.9, "model": {"max_value": 1.0}, "td_steps": 2, "target_rate": 0.04,
-    "epsilon": 0.5, "anneal": 2_400,
+    "epsilon": 0.5, "train_ratio": 0.5, "anneal": 4_800,
 }  # fmt: skip
 """All states of a small room are met, and the value in each is that of the best way on."""
 
