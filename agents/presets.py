@@ -57,7 +57,7 @@ _ROOM = {
 
 _BOARD = {
     "discount": 1.0, "model": {"max_value": 1.0, "latent": 64, "hidden": 128}, "td_steps": 9,
-    "simulations": 25, "epsilon": 0.25, "anneal": 10_000,
+    "simulations": 25, "epsilon": 0.25, "value_weight": 1.0, "anneal": 37_500,
 }  # fmt: skip
 """Games are short enough for their results to be the targets, and a result is 1 at most. Players
 who do not err would never learn to answer errors."""
@@ -88,7 +88,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("muzero", "device/GridWorld"): _ROOM,
     ("muzero", "device/GridWorld4"): _ROOM,
     ("muzero", "device/TicTacToe"): _BOARD,
-    ("muzero", "device/ConnectFour"): _BOARD | {"td_steps": 42, "anneal": 25_000},
+    ("muzero", "device/ConnectFour"): _BOARD | {"td_steps": 42},
     ("pets", "InvertedPendulum-v5"): {
         "planner": _UNSTABLE,
         "propagation": "mean",
