@@ -306,6 +306,22 @@ def test_old_records_take_what_the_search_finds_now():
         np.testing.assert_array_equal(getattr(old, name), getattr(new, name))
 
 
+def test_two_players_have_opposite_returns():
+    agent, _, before = scheduled()
+    batch = lively(agent, before)
+    record, valid = (jax.tree.map(lambda x: x[0], x) for x in (batch.record, batch.valid))
+    config = dataclasses.replace(TINY, bootstrap="search")
+    model = value_equivalent(PUSH, TINY.model, TINY.discount)
+    now = before.agent.target, jnp.asarray(0)
+    found = targets_of(PUSH._replace(players=2), config, model, *now, record, valid)
+    compute = functools.partial(unroll_targets, unroll=2, n=3, gamma=-TINY.discount)
+    own = record.extras
+    want = jax.vmap(compute)(record, valid, own["value"], None, own["explored"])
+    np.testing.assert_allclose(found.value, want.value, rtol=1e-5)
+    alone = targets_of(PUSH, config, model, *now, record, valid)
+    assert float(jnp.abs(alone.value - found.value).max()) > 0.1
+
+
 def test_some_actions_are_uniform_and_marked():
     agent, _, before = scheduled()
     obs, first = jax.random.normal(jax.random.key(3), (400, 2)), jnp.ones(400, bool)
