@@ -22,8 +22,7 @@ from mbrl import spaces
 from mbrl.training.learner import example_record
 from mbrl.types import Agent, Batch, Discrete, EnvSpec
 from scripts.bench import GEMM, QUICK_GEMM
-from scripts.flops import count_flops
-from scripts.timing import beside_gemm, warm_seconds
+from scripts.timing import beside_updates, warm_seconds
 
 COUNTED = (
     "two FLOP per multiply-add of all matrix products and convolutions of one update, loops as "
@@ -95,17 +94,7 @@ def setup(config: DreamerConfig, observation: Any) -> tuple[Agent, Batch]:
 def case(sizes: Sizes, config: DreamerConfig, observation: Any, repeats: int) -> dict[str, Any]:
     """Measure one update and one policy step."""
     agent, batch = setup(config, observation)
-    state = jax.jit(agent.init)(jax.random.key(1))
-    flop = count_flops(agent.update, state, batch, jax.random.key(0))
-    update = jax.jit(agent.update, donate_argnums=0)
-    state = jax.block_until_ready(update(state, batch, jax.random.key(2)))[0]
-
-    def learn(i: int) -> Any:
-        nonlocal state
-        state, metrics, _ = update(state, batch, jax.random.key(i))
-        return metrics
-
-    timed = beside_gemm(learn, repeats, sizes.gemm)
+    timed, flop, state = beside_updates(agent, batch, repeats, sizes.gemm)
     policy = policy_step(agent, state, batch, 10 * repeats)
     return {
         "size": config.size,

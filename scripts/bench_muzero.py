@@ -23,8 +23,7 @@ from mbrl.training.learner import DriverConfig, example_record, schedule
 from mbrl.types import MDP, Agent, Array, Batch, Key
 from scripts.bench import GEMM, QUICK_GEMM
 from scripts.bench_dreamer import in_new_process
-from scripts.flops import count_flops
-from scripts.timing import beside_gemm, gemm_rate, warm_seconds
+from scripts.timing import beside_gemm, beside_updates, gemm_rate, warm_seconds
 
 COUNTED = (
     "two FLOP per multiply-add of all matrix products of one update, loops as often as they run, "
@@ -223,17 +222,7 @@ def train(sizes: Sizes, intervals: int) -> dict[str, Any]:
 def update(sizes: Sizes, repeats: int) -> dict[str, Any]:
     """Measure one update with the default settings."""
     agent, batch = setup(sizes.config)
-    state = jax.jit(agent.init)(jax.random.key(1))
-    flop = count_flops(agent.update, state, batch, jax.random.key(0))
-    compiled = jax.jit(agent.update, donate_argnums=0)
-    state = jax.block_until_ready(compiled(state, batch, jax.random.key(2)))[0]
-
-    def learn(i: int) -> Any:
-        nonlocal state
-        state, metrics, _ = compiled(state, batch, jax.random.key(i))
-        return metrics
-
-    timed = beside_gemm(learn, repeats, sizes.gemm)
+    timed, flop, _ = beside_updates(agent, batch, repeats, sizes.gemm)
     return {
         "batch": sizes.config.batch_size,
         "unroll": sizes.config.unroll,

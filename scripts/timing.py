@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mbrl.types import Agent, Batch
+from scripts.flops import count_flops
+
 _product = jax.jit(jnp.matmul)
 
 
@@ -55,6 +58,33 @@ def beside_gemm(call: Callable[[int], Any], repeats: int, shape: tuple[int, int]
         seconds += warm_seconds(lambda _, i=i: call(i), 1)
         around.append(gemm_rate(shape))
     return Timed(seconds, [statistics.mean(pair) for pair in itertools.pairwise(around)])
+
+
+def beside_updates(
+    agent: Agent, batch: Batch, repeats: int, shape: tuple[int, int]
+) -> tuple[Timed, int, Any]:
+    """Time the updates of an agent on one batch beside the GEMM rate.
+
+    Args:
+      agent: what learns.
+      batch: what every update learns from.
+      repeats: updates.
+      shape: of the GEMM.
+
+    Returns:
+      The times, the floating-point operations of one update, and the state after all of them.
+    """
+    state = jax.jit(agent.init)(jax.random.key(1))
+    flop = count_flops(agent.update, state, batch, jax.random.key(0))
+    update = jax.jit(agent.update, donate_argnums=0)
+    state = jax.block_until_ready(update(state, batch, jax.random.key(2)))[0]
+
+    def learn(i: int) -> Any:
+        nonlocal state
+        state, metrics, _ = update(state, batch, jax.random.key(i))
+        return metrics
+
+    return beside_gemm(learn, repeats, shape), flop, state
 
 
 def gemm_rate(shape: tuple[int, int], repeats: int = 20) -> float:
