@@ -283,8 +283,10 @@ def test_targets_of_old_records_are_shorter():
 
 def test_old_records_take_what_the_search_finds_now():
     agent, _, before = scheduled()
-    batch = replay.sample(before.ring, jax.random.key(1), agent.sampling)
+    batch = lively(agent, before)
     record, valid = (jax.tree.map(lambda x: x[0], x) for x in (batch.record, batch.valid))
+    stored = jax.random.normal(jax.random.key(7), valid.shape)
+    record = record._replace(extras={**record.extras, "value": stored})
     config = dataclasses.replace(TINY, td_age=2, bootstrap="search", reanalyse=0.5)
     model = value_equivalent(PUSH, TINY.model, TINY.discount)
 
