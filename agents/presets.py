@@ -55,6 +55,13 @@ _ROOM = {
 }  # fmt: skip
 """All states of a small room are met, and the value in each is that of the best way on."""
 
+_LANDER = {
+    "discount": 0.99,
+    "model": {"latent": 64, "hidden": 128, "max_reward": 100.0, "max_value": 400.0},
+    "td_steps": 20, "td_age": 200, "target_rate": 0.02, "value_weight": 1.0, "anneal": 75_000,
+}  # fmt: skip
+"""As `_AGING`, over ten times as many steps; the end of an episode is worth 100 either way."""
+
 _BOARD = {
     "discount": 1.0, "model": {"max_value": 1.0, "latent": 64, "hidden": 128}, "td_steps": 9,
     "simulations": 25, "epsilon": 0.25, "value_weight": 1.0, "anneal": 37_500,
@@ -85,6 +92,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("muzero", "device/Pendulum"): _COSTS,
     ("muzero", "device/Catch"): _ONE_REWARD,
     ("muzero", "device/PixelCatch"): _ONE_REWARD | {"batch_size": 64, "consistency": 2.0},
+    ("muzero", "LunarLander-v3"): _LANDER,
     ("muzero", "device/GridWorld"): _ROOM,
     ("muzero", "device/GridWorld4"): _ROOM,
     ("muzero", "device/TicTacToe"): _BOARD,

@@ -66,6 +66,9 @@ TARGETS = {
     ("muzero", "Acrobot-v1", 60_000): Target(-100.0),
     ("muzero", "Pendulum-v1", 30_000): Target(-200.0),
     ("muzero", "LunarLander-v3", 300_000): Target(200.0),
+    ("muzero", "device/TicTacToe", 150_000, "--eval-env", "device/TicTacToePerfect"): Target(
+        0.0, every_seed=True
+    ),
 }
 """By agent, environment, steps per seed, and the flags that differ from the preset."""
 
@@ -189,6 +192,8 @@ def changed_flags(saved: Mapping[str, Any]) -> list[str]:
         flags += ["--num-envs", str(saved["num_envs"])]
     if saved["on_bad"] != "raise":
         flags += ["--on-bad", saved["on_bad"]]
+    if saved.get("eval_env"):
+        flags += ["--eval-env", saved["eval_env"]]
     options = saved.get("env_options", {})
     for name, default in (("pixels", None), ("action_repeat", 1)):
         if options.get(name, default) != default:

@@ -358,11 +358,23 @@ def load(directory: Path, env_id: str | None = None) -> Run:
     driver = DriverConfig(
         saved["steps"], saved["num_envs"], tuple(saved["seeds"]), saved["log_every"]
     )
-    rest = (driver, saved["on_bad"], saved.get("env_options", {}), saved.get("data", ""))
-    run = build(name, config, saved["env"], *rest, saved.get("replay", "device"))
-    if env_id is None or env_id == run.env_id:
+    run = build(
+        name, config, saved["env"], driver, saved["on_bad"], saved.get("env_options", {}),
+        saved.get("data", ""), saved.get("replay", "device"),
+    )  # fmt: skip
+    return moved(run, env_id or run.env_id)
+
+
+def moved(run: Run, env_id: str) -> Run:
+    """Put the agent of a run, as it is, into another environment with the same spaces.
+
+    Raises:
+      ValueError: for an unknown environment, or one with other spaces.
+    """
+    if env_id == run.env_id:
         return run
-    other = build(name, config, env_id, *rest)
+    rest = (run.driver, run.on_bad, run.options, run.data)
+    other = build(run.agent_name, run.config, env_id, *rest)
     check_spaces(env_id, other.spec, run.env_id, run.spec)
     return other._replace(spec=run.spec)
 

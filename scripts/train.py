@@ -28,7 +28,9 @@ from scripts import runs
 from scripts.cli import parse, run
 from scripts.progress import Progress
 
-HARMLESS = {"steps", "log_every", "save_every", "eval_episodes", "replay", "versions"}
+HARMLESS = {
+    "steps", "log_every", "save_every", "eval_episodes", "eval_env", "replay", "versions",
+}  # fmt: skip
 """Settings that may change on resume with --override-config."""
 
 EVALUATION = "evaluation.json"
@@ -64,6 +66,8 @@ class TrainConfig:
     """Folder of the run; runs/AGENT-ENV-SEED when empty."""
     eval_episodes: int = 20
     """Greedy episodes per seed at the end; 0 = none."""
+    eval_env: str = ""
+    """Environment id of these episodes, with the spaces of the task; the task itself when empty."""
     log_every: int = 0
     """Environment steps between log lines; 0 = a fiftieth of the run."""
     save_every: int = 1000
@@ -115,6 +119,7 @@ def main(argv: list[str]) -> int:
         argv[0], agent_config, config.env, driver, config.on_bad, options, config.data,
         config.replay,
     )  # fmt: skip
+    judged = runs.moved(job, config.eval_env or config.env)
     data = runs.read_data(job)
     name = f"{argv[0]}-{config.env.replace('/', '-').replace(':', '-')}-{config.seed}"
     out = Path(config.out or Path("runs") / name)
@@ -132,7 +137,7 @@ def main(argv: list[str]) -> int:
                 trained = _train(out, job, config, restored, log, stop, data)
             # Signals have their usual effect again: all that training made is on disk.
             if trained.step >= config.steps and config.eval_episodes:
-                _evaluate_once(out, job, config, trained, log)
+                _evaluate_once(out, judged, config, trained, log)
     if trained.step >= config.steps:
         return 0
     saved = "saved" if trained.saved == trained.step else f"NOT saved after step {trained.saved}"
@@ -157,6 +162,7 @@ def _check_settings(out: Path, job: runs.Run, config: TrainConfig) -> None:
         "log_every": job.driver.interval,
         "save_every": config.save_every,
         "eval_episodes": config.eval_episodes,
+        "eval_env": config.eval_env,
         "on_bad": config.on_bad,
         "replay": config.replay,
         "versions": run_directory.versions(),
@@ -258,12 +264,12 @@ def _warn_if_clipped(report: Report) -> bool:
     return True
 
 
-def _is_evaluated(out: Path, step: int, episodes: int) -> bool:
+def _is_evaluated(out: Path, env: str, step: int, episodes: int) -> bool:
     """Tell whether an earlier call has done the evaluation that ends the run."""
     try:
         result = json.loads((out / EVALUATION).read_text("utf-8"))
         counts = [len(seed["returns"]) for seed in result["seeds"].values()]
-        return result["step"] == step and set(counts) == {episodes}
+        return (result["env"], result["step"]) == (env, step) and set(counts) == {episodes}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
 
@@ -272,7 +278,7 @@ def _evaluate_once(
     out: Path, job: runs.Run, config: TrainConfig, trained: Trained, log: MetricsWriter
 ) -> None:
     """Evaluate unless an earlier call has; a failure is announced, the run is whole (F19)."""
-    if _is_evaluated(out, trained.step, config.eval_episodes):
+    if _is_evaluated(out, job.env_id, trained.step, config.eval_episodes):
         print(f"{out} is finished: its returns are in {out / EVALUATION}", file=sys.stderr)
         return
     try:
@@ -280,7 +286,7 @@ def _evaluate_once(
     except Exception as error:
         print(
             f"warning: evaluation failed ({type(error).__name__}: {error}); training is complete "
-            f"and saved; try again with: mbrl evaluate {shlex.quote(str(out))}",
+            f"and saved; try again with: mbrl evaluate {shlex.quote(str(out))} --env {job.env_id}",
             file=sys.stderr,
         )
 

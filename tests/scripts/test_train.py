@@ -177,6 +177,24 @@ def test_evaluate_as_text(finished, capsys):
     assert "seed 3: mean" in text
 
 
+def test_the_end_of_a_run_is_judged_in_the_environment_that_was_asked_for(copy, capsys):
+    (copy / "evaluation.json").unlink()
+    run = [*RUN, "--out", str(copy), "--eval-env", "device/CartPole"]
+    assert call("train", "pets", *run) == 2
+    assert "eval_env" in capsys.readouterr().err
+    assert call("train", "pets", *run, "--override-config") == 0
+    result = evaluation(copy)
+    assert result["env"] == "device/CartPole"
+    again = evaluate(
+        capsys, str(copy), "--episodes", "3", "--env", "device/CartPole", "--seed",
+        str(3 + runs.EVALUATION_SEED),
+    )  # fmt: skip
+    assert result["seeds"]["3"]["returns"] == again["returns"]
+    # What was judged elsewhere is not what another environment asks for.
+    assert call("train", "pets", *RUN, "--out", str(copy), "--override-config") == 0
+    assert evaluation(copy)["env"] == "CartPole-v1"
+
+
 def test_evaluate_on_another_environment(finished, capsys):
     result = evaluate(capsys, str(finished), "--episodes", "1", "--env", "device/CartPole")
     assert result["env"] == "device/CartPole"
@@ -219,6 +237,8 @@ def test_a_command_line_that_is_wrong_exits_with_2(argv, words, capsys, tmp_path
     [
         (["--env", "Pendulm-v1"], ["unknown environment 'Pendulm-v1'", "'Pendulum-v1'"]),
         (["--env", "device/Pendulom"], ["device/Pendulum"]),
+        (["--eval-env", "device/Pendulom"], ["device/Pendulum"]),
+        (["--eval-env", "CartPole-v1"], ["CartPole-v1: its observation space", "same spaces"]),
         (["--num-seeds", "0"], ["--num-seeds: expected at least 1, got 0"]),
         (["--num-envs", "0"], ["num_envs", "got 0"]),
         (["--steps", "0"], ["steps must be at least 1, got 0"]),
