@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from agents.dreamer import DreamerConfig, make_dreamer
 from agents.muzero import MuZeroConfig, make_muzero
 from agents.pets import PETSConfig, make_pets
+from agents.ppo import PPOConfig, make_ppo
 from mbrl.types import Agent, EnvSpec
 
 
@@ -22,5 +23,6 @@ AGENTS = {
     "dreamer": Entry(DreamerConfig, make_dreamer),
     "muzero": Entry(MuZeroConfig, make_muzero),
     "pets": Entry(PETSConfig, make_pets),
+    "ppo": Entry(PPOConfig, make_ppo),
 }
 """Agents by the name that the command line uses."""

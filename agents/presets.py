@@ -69,6 +69,17 @@ _BOARD = {
 """Games are short enough for their results to be the targets, and a result is 1 at most. Players
 who do not err would never learn to answer errors."""
 
+_QUICK = {
+    "rollout": 256, "epochs": 20, "minibatches": 1, "discount": 0.98, "trace": 0.8,
+    "learning_rate": 1e-3, "anneal": 100_000,
+}  # fmt: skip
+"""PPO where a few thousand steps are enough: many small rollouts, few of which overlap."""
+
+_TORQUE = {
+    "rollout": 1024, "minibatches": 16, "discount": 0.9, "learning_rate": 1e-3,
+}  # fmt: skip
+"""Costs of a swing-up are those of the next second."""
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _SURVIVAL, "value_rounds": 8},
     ("pets", "device/CartPole"): {"planner": _SURVIVAL, "value_rounds": 8},
@@ -97,6 +108,10 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("muzero", "device/GridWorld4"): _ROOM,
     ("muzero", "device/TicTacToe"): _BOARD,
     ("muzero", "device/ConnectFour"): _BOARD | {"td_steps": 42},
+    ("ppo", "CartPole-v1"): _QUICK,
+    ("ppo", "device/CartPole"): _QUICK,
+    ("ppo", "Pendulum-v1"): _TORQUE,
+    ("ppo", "device/Pendulum"): _TORQUE,
     ("pets", "InvertedPendulum-v5"): {
         "planner": _UNSTABLE,
         "propagation": "mean",

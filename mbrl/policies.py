@@ -1,7 +1,7 @@
 """Policies as distributions over actions of any space, read from the output of a network.
 
 The parts of an action (dimensions, Dict entries) are independent given the output. Boxes
-are scaled to `[-1, 1]`; a sample may lie beyond and is clipped by `to_action`.
+are scaled to `[-1, 1]`; a sample may lie beyond: clip it before it is decoded.
 """
 
 from __future__ import annotations
@@ -28,26 +28,45 @@ def num_outputs(space: Space) -> int:
     return spaces.flat_size(space) * (2 if isinstance(space, Box) else 1)
 
 
+def deviations(space: Space) -> np.ndarray:
+    """Mark the outputs that are deviations of a Box, bool [num_outputs(space)]."""
+    parts = []
+    for _, leaf in spaces.leaves(space):
+        size = spaces.flat_size(leaf)
+        parts.append(np.repeat([False, True], size) if isinstance(leaf, Box) else [False] * size)
+    return np.concatenate(parts).astype(bool)
+
+
 class Policy:
     """Distribution over actions, encoded as `spaces.encode_action` does.
 
     Reference: Mastering Diverse Domains through World Models (arXiv 2301.04104).
     """
 
-    def __init__(self, space: Space, outputs: Array) -> None:
-        """Read the distribution from `outputs` [..., num_outputs(space)]."""
+    def __init__(self, space: Space, outputs: Array, plain: bool = False) -> None:
+        """Read the distribution from `outputs` [..., num_outputs(space)].
+
+        Args:
+          space: of the actions.
+          outputs: of a network.
+          plain: take means, log-deviations and logits as they are, as PPO does; otherwise means
+            and deviations are bounded and a share of discrete policies is uniform.
+        """
         self._parts: list[Normal | Categorical] = []
         leaves = [leaf for _, leaf in spaces.leaves(space)]
         ends = np.cumsum([num_outputs(leaf) for leaf in leaves])[:-1]
         for leaf, out in zip(leaves, jnp.split(outputs, ends, -1), strict=True):
             if isinstance(leaf, Box):
                 mean, raw = jnp.split(out, 2, -1)
+                if plain:
+                    self._parts.append(Normal(mean, jnp.exp(raw)))
+                    continue
                 std = MIN_STD + (MAX_STD - MIN_STD) * jax.nn.sigmoid(raw + 2.0)
                 self._parts.append(Normal(jnp.tanh(mean), std))
                 continue
             sizes = leaf.nums if isinstance(leaf, MultiDiscrete) else (leaf.num,)
             for logits in jnp.split(out, np.cumsum(sizes)[:-1], -1):
-                self._parts.append(Categorical(unimix(logits, UNIMIX)))
+                self._parts.append(Categorical(logits if plain else unimix(logits, UNIMIX)))
 
     def sample(self, key: Key) -> Array:
         """Draw encoded actions [..., A]."""

@@ -179,6 +179,31 @@ def transitions(batch: Batch) -> tuple[Transition, Array]:
     return _pair(now, after), valid
 
 
+def shuffled(key: Key, rows: int, epochs: int, parts: int) -> Array:
+    """Cut the numbers of `rows`, in a new order each epoch, into parts of equal size.
+
+    Args:
+      key: consumed.
+      rows: to cut; a remainder of less than one row per part is left out of an epoch, another
+        one each time.
+      epochs: passes over the rows.
+      parts: per epoch.
+
+    Returns:
+      int32 [epochs * parts, rows // parts].
+
+    Raises:
+      ValueError: when there are fewer rows than parts.
+    """
+    if rows < parts:
+        raise ValueError(
+            f"parts: got {parts} minibatches of {rows} rows, expected at most one per row; lower "
+            "--minibatches or raise --rollout"
+        )
+    orders = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(key, epochs))
+    return orders[:, : rows // parts * parts].reshape(epochs * parts, -1)
+
+
 def importance(odds: Array | None, beta: Array | float) -> Array | float:
     """Weigh sequences so that likely ones do not count for more.
 

@@ -93,6 +93,24 @@ def discounted(r_t: Array, discount_t: Array, bootstrap: Array | float = 0.0) ->
     return _accumulate(r_t, discount_t, bootstrap)
 
 
+def running(reward: Array, is_first: Array, gamma: Array | float) -> Array:
+    """Sum the discounted rewards of the past: `S_t = gamma S_tm1 + r_t` since `is_first`.
+
+    Its spread is the scale of returns that reward normalization divides by.
+
+    Args:
+      reward: [T] arriving with the records.
+      is_first: bool [T].
+      gamma: discount per step.
+
+    Returns:
+      [T], as if nothing had come before the first record.
+    """
+    _check(reward, is_first)
+    decay = gamma * (1.0 - is_first.astype(reward.dtype))
+    return _accumulate(reward[::-1], decay[::-1], 0.0)[::-1]
+
+
 def lambda_returns(
     r_t: Array, discount_t: Array, v_t: Array, lambda_: Array | float = 1.0
 ) -> Array:

@@ -236,7 +236,8 @@ class SampleSpec(NamedTuple):
       updates: minibatches per call ('sequences'); more where one step of all environments
         holds several calls' worth of steps.
       batch_size: sequences per minibatch ('sequences').
-      length: records per sequence ('sequences', 'latest').
+      length: records per sequence ('sequences', 'latest'). 0 with 'latest': those since the last
+        call, so that one state of the agent has acted at all of them.
       priority: name of an entry of the extras, [] per record: sequences are drawn in
         proportion to that of their first record; '' = uniformly.
     """

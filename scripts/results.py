@@ -26,7 +26,7 @@ import tyro
 
 from agents.presets import preset
 from mbrl.training import run_directory
-from scripts import runs
+from scripts import config_json
 from scripts.cli import parse, run
 from scripts.speed import cores_text, speed
 
@@ -65,7 +65,7 @@ TARGETS = {
     ("muzero", "device/PixelCatch", 20_000): Target(1.0, every_seed=True),
     ("muzero", "Acrobot-v1", 60_000): Target(-100.0),
     ("muzero", "Pendulum-v1", 30_000): Target(-200.0),
-    ("muzero", "LunarLander-v3", 300_000): Target(200.0),
+    ("muzero", "LunarLander-v3", 300_000, "--on-bad", "clip"): Target(200.0),
     ("muzero", "device/TicTacToe", 150_000, "--eval-env", "device/TicTacToePerfect"): Target(
         0.0, every_seed=True
     ),
@@ -186,7 +186,7 @@ def _rows_of(group: Sequence[tuple[Path, dict[str, Any]]], note: str) -> list[Ro
 
 def changed_flags(saved: Mapping[str, Any]) -> list[str]:
     """List the flags by which a run differs from the preset of its environment."""
-    default = runs.to_json(preset(saved["agent"], saved["env"]))
+    default = config_json.to_json(preset(saved["agent"], saved["env"]))
     flags = list(_differences(saved["config"], default))
     if saved["num_envs"] != 1:
         flags += ["--num-envs", str(saved["num_envs"])]

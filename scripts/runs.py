@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -40,6 +39,7 @@ from mbrl.training.offline import run_offline
 from mbrl.training.recorded import read_records
 from mbrl.training.storage import Where
 from mbrl.types import MDP, Agent, EnvSpec, Record
+from scripts import config_json
 
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
@@ -307,36 +307,6 @@ def learner_of(snapshot: Any) -> Learner:
     return snapshot["learner"] if "learner" in snapshot else snapshot["state"].learner
 
 
-def to_json(value: Any) -> Any:
-    """Turn a configuration into JSON values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple | list):
-        return [to_json(v) for v in value]
-    return value
-
-
-def from_json(kind: Any, value: Any) -> Any:
-    """Invert `to_json` for a dataclass of plain fields, tuples and nested dataclasses.
-
-    Raises:
-      ValueError: when the fields are not those of `kind`.
-    """
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
-        return None if value is None else from_json(kinds[0], value)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        names = {f.name for f in dataclasses.fields(kind)}
-        if set(value) != names:
-            odd = sorted(set(value) ^ names)
-            raise ValueError(f"{kind.__name__}: fields {odd} are missing or unknown")
-        return kind(**{name: from_json(hints[name], value[name]) for name in names})
-    if isinstance(value, list):
-        return tuple(value)
-    return value
-
-
 def load(directory: Path, env_id: str | None = None) -> Run:
     """Rebuild a run from the settings in its folder.
 
@@ -354,7 +324,7 @@ def load(directory: Path, env_id: str | None = None) -> Run:
     name = saved["agent"]
     if name not in AGENTS:
         raise ValueError(f"{directory}: agent {name!r} is unknown, expected one of {list(AGENTS)}")
-    config = from_json(AGENTS[name].config, saved["config"])
+    config = config_json.from_json(AGENTS[name].config, saved["config"])
     driver = DriverConfig(
         saved["steps"], saved["num_envs"], tuple(saved["seeds"]), saved["log_every"]
     )

@@ -43,9 +43,9 @@ class SweepConfig:
     """Runs at a time."""
     dry_run: bool = False
     """Print the commands that are missing and run none."""
-    ablate: bool = False
-    """Change one setting at a time, besides a run without changes, instead of trying all
-    combinations; a setting with one value holds in all runs."""
+    vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=VALUE,VALUE: settings to change one at a time, beside a run without any of these
+    changes, as an ablation does."""
 
 
 class Job(NamedTuple):
@@ -77,23 +77,20 @@ def main(argv: list[str]) -> int:
 
 def expand(config: SweepConfig) -> list[Job]:
     """List the runs of a grid: environments, times settings, times seeds."""
-    names, choices = [], []
-    for text in config.set:
-        name, equals, values = text.partition("=")
-        if not equals or not name or not all(values.split(",")):
-            raise ValueError(f"--set: got {text!r}, expected NAME=VALUE or NAME=VALUE,VALUE")
-        name = name.removeprefix("--").replace("_", "-")
-        if name in names or name in ("env", "seed", "num-seeds", "out"):
-            raise ValueError(f"--set: {name!r} is given twice, or set by --envs, --seeds or --out")
-        names.append(name)
-        choices.append(values.split(","))
+    choices = read_settings("--set", config.set)
+    changes = [(name, v) for name, vs in read_settings("--vary", config.vary).items() for v in vs]
+    if repeated := choices.keys() & {name for name, _ in changes}:
+        raise ValueError(
+            f"--vary: {sorted(repeated)[0]!r} is given by --set as well; leave out one"
+        )
     ids = [env.strip() for env in config.envs.split(",")]
     if not all(ids):
         raise ValueError(f"--envs: got {config.envs!r}, expected ids separated by commas")
     found = []
-    grid = [list(zip(names, values, strict=True)) for values in itertools.product(*choices)]
-    if config.ablate:
-        grid = ablations(dict(zip(names, choices, strict=True)))
+    held = [
+        tuple(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
+    ]
+    grid = [(*settings, *change) for settings in held for change in ((), *((c,) for c in changes))]
     for env, settings, seed in itertools.product(ids, grid, seeds(config)):
         parts = [config.agent, env, *(f"{k}={v}" for k, v in settings), str(seed)]
         out = Path(config.out) / re.sub(r"[^\w.=-]", "-", "-".join(parts))
@@ -104,11 +101,18 @@ def expand(config: SweepConfig) -> list[Job]:
     return found
 
 
-def ablations(choices: Mapping[str, Sequence[str]]) -> list[list[tuple[str, str]]]:
-    """List settings that differ in one entry of `choices`, first those that differ in none."""
-    fixed = [(name, values[0]) for name, values in choices.items() if len(values) == 1]
-    varied = [(name, v) for name, values in choices.items() if len(values) > 1 for v in values]
-    return [fixed, *([*fixed, change] for change in varied)]
+def read_settings(flag: str, texts: Sequence[str]) -> dict[str, list[str]]:
+    """Read `NAME=VALUE,VALUE` of a flag into the values of each name."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or not name or not all(values.split(",")):
+            raise ValueError(f"{flag}: got {text!r}, expected NAME=VALUE or NAME=VALUE,VALUE")
+        name = name.removeprefix("--").replace("_", "-")
+        if name in found or name in ("env", "seed", "num-seeds", "out"):
+            raise ValueError(f"{flag}: {name!r} is given twice, or set by --envs, --seeds or --out")
+        found[name] = values.split(",")
+    return found
 
 
 def seeds(config: SweepConfig) -> list[int]:

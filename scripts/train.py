@@ -24,7 +24,7 @@ from mbrl.training.evaluation import statistics
 from mbrl.training.learner import DriverConfig, Report, updates_per_step
 from mbrl.training.metrics import MetricsWriter
 from mbrl.types import Record, TimeStep
-from scripts import runs
+from scripts import config_json, runs
 from scripts.cli import parse, run
 from scripts.progress import Progress
 
@@ -155,7 +155,7 @@ def _check_settings(out: Path, job: runs.Run, config: TrainConfig) -> None:
         "env": job.env_id,
         "env_options": dict(job.options),
         "data": job.data,
-        "config": runs.to_json(job.config),
+        "config": config_json.to_json(job.config),
         "steps": config.steps,
         "seeds": list(job.driver.seeds),
         "num_envs": config.num_envs,

@@ -29,6 +29,77 @@ def reinforce_loss(
     return -jnp.mean(stop(weight) * gain)
 
 
+def average(x: Array, weight: Array) -> Array:
+    """Return the mean of `x` [...] weighted by `weight` [...], 0 where nothing counts."""
+    return jnp.sum(weight * x) / jnp.maximum(jnp.sum(weight), 1e-8)
+
+
+def whiten(x: Array, weight: Array) -> Array:
+    """Shift and scale `x` [...] to mean 0 and variance 1 where `weight` [...] counts it."""
+    return (x - average(x, weight)) * jax.lax.rsqrt(_variance(x, weight) + 1e-8)
+
+
+def clipped_surrogate_loss(
+    log_prob: Array, old_log_prob: Array, advantage: Array, clip: Array | float, weight: Array
+) -> Array:
+    """Compute the negative clipped surrogate of PPO.
+
+    Args:
+      log_prob: [...] of the actions taken, under the policy that learns.
+      old_log_prob: [...] under the policy that took them.
+      advantage: [...].
+      clip: distance from 1 at which a ratio of probabilities gains nothing more.
+      weight: [...] of each entry.
+
+    Returns:
+      Scalar, a weighted mean.
+
+    Reference: Proximal Policy Optimization Algorithms (arXiv 1707.06347).
+    """
+    ratio = jnp.exp(log_prob - old_log_prob)
+    gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * advantage)
+    return -average(gain, weight)
+
+
+def clipped_value_loss(
+    value: Array, old_value: Array, target: Array, clip: Array | float, weight: Array
+) -> Array:
+    """Compute half of the squared error of values that may not move far at once.
+
+    Args:
+      value: [...] of the critic that learns.
+      old_value: [...] before the update.
+      target: [...] returns.
+      clip: distance from `old_value` beyond which a value gains nothing; 0 = no limit.
+      weight: [...] of each entry.
+
+    Returns:
+      Scalar, a weighted mean.
+    """
+    limit = jnp.where(jnp.asarray(clip) > 0.0, clip, jnp.inf)
+    near = old_value + jnp.clip(value - old_value, -limit, limit)
+    error = jnp.maximum(jnp.square(value - target), jnp.square(near - target))
+    return 0.5 * average(error, weight)
+
+
+def policy_change(log_prob: Array, old_log_prob: Array, weight: Array) -> Array:
+    """Estimate the divergence KL(old || new) from actions of the old policy: never negative.
+
+    Reference: Approximating KL Divergence, Schulman 2020 (the estimator k3).
+    """
+    log_ratio = log_prob - old_log_prob
+    return average(jnp.expm1(log_ratio) - log_ratio, weight)
+
+
+def explained(value: Array, target: Array, weight: Array) -> Array:
+    """Return the share of the variance of `target` [...] that `value` [...] explains."""
+    return 1.0 - _variance(target - value, weight) / jnp.maximum(_variance(target, weight), 1e-8)
+
+
+def _variance(x: Array, weight: Array) -> Array:
+    return average(jnp.square(x - average(x, weight)), weight)
+
+
 def two_hot_critic_loss(
     critic: TwoHot, target: Array, slow_critic: TwoHot, weight: Array, slow_coef: float = 1.0
 ) -> Array:

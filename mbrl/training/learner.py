@@ -200,9 +200,11 @@ def learner_update(agent: Agent, learner: Learner) -> tuple[Learner, Metrics]:
 
 
 def per_call(sampling: SampleSpec, num_envs: int) -> SampleSpec:
-    """Keep the updates per environment step where one step of all environments holds several
-    calls' worth of them.
+    """Fill in what depends on the number of environments: the records of a rollout, and the
+    updates where one step of all environments holds several calls' worth of them.
     """
+    if sampling.kind == "latest" and not sampling.length:
+        return sampling._replace(length=max(1, sampling.every // num_envs))
     return sampling._replace(updates=sampling.updates * max(1, num_envs // sampling.every))
 
 

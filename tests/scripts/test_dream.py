@@ -19,7 +19,7 @@ from mbrl.models.rssm import RSSM
 from mbrl.training import checkpoint, run_directory
 from mbrl.training.learner import DriverConfig
 from mbrl.types import MDP, TimeStep
-from scripts import dream, report, runs
+from scripts import config_json, dream, report, runs
 from scripts.cli import main
 from scripts.cli import run as run_job
 
@@ -41,7 +41,7 @@ def save(folder: Path, env: str, agent: str = "dreamer") -> Path:
     job = runs.build(agent, config, env, driver)
     snapshot = jax.tree.map(draw, runs.snapshot_like(job, {}))
     checkpoint.save(folder / runs.CHECKPOINTS, 100, snapshot, runs.manifest_of(snapshot))
-    settings = {"agent": agent, "env": env, "config": runs.to_json(config), "steps": 100}
+    settings = {"agent": agent, "env": env, "config": config_json.to_json(config), "steps": 100}
     settings |= {"seeds": [3], "num_envs": 1, "log_every": 10, "on_bad": "raise"}
     run_directory.write_config(folder, settings)
     return folder

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agents.presets import preset
-from scripts import benchmarks_page, results, runs
+from scripts import benchmarks_page, config_json, results
 from scripts.train import settings
 
 VERSIONS = {"python": "3.11.7", "jax": "0.10.2", "commit": "1a2b3c4d", "cpu": "A processor"}
@@ -26,7 +26,7 @@ def make_run(
 ) -> Path:
     config = dataclasses.replace(preset("pets", env), **changes)
     saved = {
-        "agent": "pets", "env": env, "config": runs.to_json(config), "steps": steps,
+        "agent": "pets", "env": env, "config": config_json.to_json(config), "steps": steps,
         "seeds": list(means), "num_envs": 1, "log_every": steps // 50, "save_every": 1000,
         "eval_episodes": 20, "on_bad": "raise", "versions": VERSIONS,
     }  # fmt: skip

@@ -45,8 +45,8 @@ def test_the_grid_is_expanded_to_commands() -> None:
 
 
 def test_one_setting_is_changed_at_a_time() -> None:
-    settings = ("steps=100", "unroll=1,3", "consistency=2.0,4.0")
-    jobs = expand(SweepConfig("muzero", "A", "0", settings, "there", ablate=True))
+    changes = ("unroll=1,3", "consistency=2.0,4.0")
+    jobs = expand(SweepConfig("muzero", "A", "0", ("steps=100",), "there", vary=changes))
     assert [job.out.name for job in jobs] == [
         "muzero-A-steps=100-0",
         "muzero-A-steps=100-unroll=1-0",
@@ -55,6 +55,10 @@ def test_one_setting_is_changed_at_a_time() -> None:
         "muzero-A-steps=100-consistency=4.0-0",
     ]
     assert "--consistency 4.0 --out" in shlex.join(jobs[-1].arguments)
+    with pytest.raises(ValueError, match="--vary: 'unroll' is given by --set as well"):
+        expand(SweepConfig("muzero", set=("unroll=2",), vary=("unroll=1",)))
+    with pytest.raises(ValueError, match="--vary: got 'unroll'"):
+        expand(SweepConfig("muzero", vary=("unroll",)))
 
 
 def test_flags_of_booleans_that_are_nested() -> None:

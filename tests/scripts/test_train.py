@@ -17,7 +17,7 @@ from agents.pets import PETSConfig
 from mbrl.training import checkpoint
 from mbrl.training.learner import DriverConfig, start_learners
 from mbrl.training.metrics import read
-from scripts import runs, train
+from scripts import config_json, runs, train
 from scripts.cli import main
 
 pytestmark = pytest.mark.usefixtures("same_versions")
@@ -279,10 +279,12 @@ def test_settings_come_back_from_json():
     config = dataclasses.replace(
         train.settings("pets", RUN)[1], hidden=(4, 5), dtype="bfloat16", penalty=0.5
     )
-    text = json.dumps(runs.to_json(config))
-    assert runs.from_json(type(config), json.loads(text)) == config
+    text = json.dumps(config_json.to_json(config))
+    assert config_json.from_json(type(config), json.loads(text)) == config
     with pytest.raises(ValueError, match=r"\['members'\] are missing or unknown"):
-        runs.from_json(type(config), {k: v for k, v in json.loads(text).items() if k != "members"})
+        config_json.from_json(
+            type(config), {k: v for k, v in json.loads(text).items() if k != "members"}
+        )
 
 
 def test_targets_beyond_their_bins_are_announced_once(tmp_path, capsys):
