@@ -76,7 +76,8 @@ _QUICK = {
 """PPO where a few thousand steps are enough: many small rollouts, few of which overlap."""
 
 _TORQUE = {
-    "rollout": 1024, "minibatches": 16, "discount": 0.9, "learning_rate": 1e-3,
+    "rollout": 1024, "minibatches": 16, "epochs": 20, "discount": 0.95, "learning_rate": 1e-3,
+    "anneal": 50_000,
 }  # fmt: skip
 """Costs of a swing-up are those of the next second."""
 

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # run as a file: imports start at the checkout
 
 import tyro
 
+from agents.preferences import PreferencesConfig
 from agents.presets import preset
 from mbrl.training import run_directory
 from scripts import config_json
@@ -188,6 +189,10 @@ def changed_flags(saved: Mapping[str, Any]) -> list[str]:
     """List the flags by which a run differs from the preset of its environment."""
     default = config_json.to_json(preset(saved["agent"], saved["env"]))
     flags = list(_differences(saved["config"], default))
+    asked = saved.get("preferences", {})
+    if asked.get("labels"):
+        usual = config_json.to_json(PreferencesConfig())
+        flags += _differences(asked, usual, "preferences.")
     if saved["num_envs"] != 1:
         flags += ["--num-envs", str(saved["num_envs"])]
     if saved["on_bad"] != "raise":

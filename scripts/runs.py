@@ -16,6 +16,7 @@ import numpy as np
 
 import envs
 from agents import AGENTS
+from agents.preferences import PreferencesConfig, with_preferences
 from envs.host import HostEnv
 from mbrl import replay, spaces
 from mbrl.memory import readable
@@ -62,6 +63,7 @@ class Run(NamedTuple):
       options: further arguments of `envs.make`.
       data: file of recorded data to train on instead of the environment, or ''.
       replay: where it is kept while training: 'device', 'host' or 'disk'.
+      preferences: where the reward is learned from comparisons, when they are at least 1.
     """
 
     agent_name: str
@@ -74,11 +76,15 @@ class Run(NamedTuple):
     options: Mapping[str, Any]
     data: str
     replay: str = "device"
+    preferences: PreferencesConfig = PreferencesConfig()
 
     def factory(self, hyper: Hyper) -> Agent:
         """Build the agent, with float settings replaced by traced ones."""
         entry = AGENTS[self.agent_name]
-        return entry.make(self.spec, dataclasses.replace(self.config, **hyper))
+        agent = entry.make(self.spec, dataclasses.replace(self.config, **hyper))
+        if not self.preferences.labels:
+            return agent
+        return with_preferences(agent, self.spec, self.preferences)
 
     def host_envs(self, num_envs: int | None = None, **options: Any) -> list[HostEnv]:
         """Build one host environment per seed."""
@@ -93,6 +99,7 @@ class Run(NamedTuple):
 def build(
     agent_name: str, config: Any, env_id: str, driver: DriverConfig, on_bad: Any = "raise",
     options: Mapping[str, Any] | None = None, data: str = "", replay: str = "device",
+    preferences: PreferencesConfig | None = None,
 ) -> Run:  # fmt: skip
     """Check that everything fits together, and how much memory replay takes on the device.
 
@@ -112,8 +119,9 @@ def build(
             "leave --replay out, or train in a Gymnasium environment"
         )
     run = Run(
-        agent_name, config, env_id, driver, on_bad, on_device, env.spec, options, data, replay
-    )
+        agent_name, config, env_id, driver, on_bad, on_device, env.spec, options, data, replay,
+        preferences or PreferencesConfig(),
+    )  # fmt: skip
     agent = run.factory({})
     schedule(agent, driver)
     if not data and replay == "device":
@@ -331,6 +339,8 @@ def load(directory: Path, env_id: str | None = None) -> Run:
     run = build(
         name, config, saved["env"], driver, saved["on_bad"], saved.get("env_options", {}),
         saved.get("data", ""), saved.get("replay", "device"),
+        config_json.from_json(PreferencesConfig, saved["preferences"])
+        if "preferences" in saved else PreferencesConfig(),
     )  # fmt: skip
     return moved(run, env_id or run.env_id)
 
@@ -343,7 +353,7 @@ def moved(run: Run, env_id: str) -> Run:
     """
     if env_id == run.env_id:
         return run
-    rest = (run.driver, run.on_bad, run.options, run.data)
+    rest = (run.driver, run.on_bad, run.options, run.data, "device", run.preferences)
     other = build(run.agent_name, run.config, env_id, *rest)
     check_spaces(env_id, other.spec, run.env_id, run.spec)
     return other._replace(spec=run.spec)

@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 
 from agents import AGENTS
+from agents.preferences import PreferencesConfig
 from agents.presets import preset
 from mbrl.training import checkpoint, run_directory
 from mbrl.training.evaluation import statistics
@@ -84,7 +85,7 @@ class TrainConfig:
     """Resume although harmless settings or versions have changed."""
 
 
-def settings(agent: str, argv: list[str]) -> tuple[TrainConfig, Any]:
+def settings(agent: str, argv: list[str]) -> tuple[TrainConfig, Any, PreferencesConfig]:
     """Parse the flags of `mbrl train AGENT`; the preset of the environment gives defaults."""
     env = next((b for a, b in itertools.pairwise(argv) if a == "--env"), None)
     env = next((a.split("=", 1)[1] for a in argv if a.startswith("--env=")), env)
@@ -94,13 +95,14 @@ def settings(agent: str, argv: list[str]) -> tuple[TrainConfig, Any]:
         [
             ("run", Annotated[TrainConfig, tyro.conf.arg(name="")]),
             ("agent", Annotated[config_class, tyro.conf.arg(name="")]),
+            ("preferences", PreferencesConfig),
         ],
         frozen=True,
     )
-    default = joined(TrainConfig(), preset(agent, env or TrainConfig.env))
+    default = joined(TrainConfig(), preset(agent, env or TrainConfig.env), PreferencesConfig())
     description = f"Train {agent}. The same command again resumes."
     parsed = parse(joined, argv, f"mbrl train {agent}", description, default)
-    return parsed.run, parsed.agent
+    return parsed.run, parsed.agent, parsed.preferences
 
 
 def main(argv: list[str]) -> int:
@@ -108,7 +110,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in AGENTS:
         wanted = f"got {argv[0]!r}, " if argv and not argv[0].startswith("-") else ""
         raise ValueError(f"usage: mbrl train AGENT [flags]; {wanted}agents: {', '.join(AGENTS)}")
-    config, agent_config = settings(argv[0], argv[1:])
+    config, agent_config, preferences = settings(argv[0], argv[1:])
     seeds = tuple(range(config.seed, config.seed + config.num_seeds))
     if not seeds:
         raise ValueError(f"--num-seeds: expected at least 1, got {config.num_seeds}")
@@ -117,7 +119,7 @@ def main(argv: list[str]) -> int:
     options = {"pixels": config.pixels or None, "action_repeat": config.action_repeat}
     job = runs.build(
         argv[0], agent_config, config.env, driver, config.on_bad, options, config.data,
-        config.replay,
+        config.replay, preferences,
     )  # fmt: skip
     judged = runs.moved(job, config.eval_env or config.env)
     data = runs.read_data(job)
@@ -156,6 +158,7 @@ def _check_settings(out: Path, job: runs.Run, config: TrainConfig) -> None:
         "env_options": dict(job.options),
         "data": job.data,
         "config": config_json.to_json(job.config),
+        "preferences": config_json.to_json(job.preferences),
         "steps": config.steps,
         "seeds": list(job.driver.seeds),
         "num_envs": config.num_envs,

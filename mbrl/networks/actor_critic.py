@@ -50,9 +50,10 @@ class ActorCritic(nn.Module):
         if self.memory:
             memory = jnp.where(is_first[:, None], 0.0, memory)
             memory, x = nn.GRUCell(self.memory)(memory, x)
-        # Nearly uniform at first: the first rollouts should not depend on the seed's taste.
-        actor = MLP(self.hidden, len(self.constant), "tanh", "orthogonal", "float32", None, 0.01)
-        critic = MLP(self.hidden, 1, "tanh", "orthogonal", "float32", None, 0.7)
+        # silu and not tanh: policies that are judged without noise need sharp turns. Nearly
+        # uniform at first: the first rollouts should not depend on the seed's taste.
+        actor = MLP(self.hidden, len(self.constant), "silu", "orthogonal", "float32", None, 0.01)
+        critic = MLP(self.hidden, 1, "silu", "orthogonal", "float32", None, 0.7)
         shape = (len(self.constant),)
         free: Any = self.param("constant", nn.initializers.constant(self.start), shape)
         outputs = jnp.where(np.array(self.constant), free, actor(x))

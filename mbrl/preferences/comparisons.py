@@ -50,7 +50,7 @@ def empty(example: Transition, capacity: int) -> Comparisons:
         return jnp.zeros((capacity, *leaf.shape), dtype)
 
     segments = jax.tree.map(zeros, _inputs(example))
-    rank = jnp.full((capacity, example.action.shape[0]), -1, jnp.int32)
+    rank = jnp.full((capacity, jax.tree.leaves(example.action)[0].shape[0]), -1, jnp.int32)
     return Comparisons(segments, rank, jnp.zeros(capacity), jnp.zeros((), jnp.int32))
 
 
