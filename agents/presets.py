@@ -112,6 +112,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("muzero", "device/ConnectFour"): _BOARD | {"td_steps": 42},
     ("ppo", "CartPole-v1"): _QUICK,
     ("ppo", "device/CartPole"): _QUICK,
+    ("ppo", "device/CartPoleFixed"): _QUICK,
     ("ppo", "Pendulum-v1"): _TORQUE,
     ("ppo", "device/Pendulum"): _TORQUE,
     ("pets", "InvertedPendulum-v5"): {

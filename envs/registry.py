@@ -40,6 +40,7 @@ from mbrl.types import MDP
 DEVICE: dict[str, Callable[..., MDP]] = {
     "device/Pendulum": pendulum.make,
     "device/CartPole": cartpole.make,
+    "device/CartPoleFixed": partial(cartpole.make, fixed=200),
     "device/CartPoleSwingUp": cartpole_swingup.make,
     "device/Acrobot": acrobot.make,
     "device/MountainCarContinuous": mountain_car.make,

@@ -39,11 +39,13 @@ class CartPoleState(NamedTuple):
 DEFAULT = CartPoleParams()
 
 
-def make(constants: CartPoleParams = DEFAULT) -> MDP:
+def make(constants: CartPoleParams = DEFAULT, fixed: int | None = None) -> MDP:
     """Make pole balancing: reward 1 a step until the pole falls or the cart leaves.
 
     Args:
       constants: used where `params` is None, and for the spaces.
+      fixed: steps of every episode. Nothing ends it earlier, so that its length tells nothing of
+        its reward, which is 0 where a step leaves the bounds. None = as in Gymnasium.
 
     Returns:
       `MDP` with the four state variables as observation; action 0 pushes left, 1 right.
@@ -74,6 +76,8 @@ def make(constants: CartPoleParams = DEFAULT) -> MDP:
             x + p.dt * v, v + p.dt * acceleration, angle + p.dt * spin, spin + p.dt * spin_rate
         )
         fallen = (jnp.abs(new.position) > p.max_position) | (jnp.abs(new.angle) > p.max_angle)
+        if fixed:
+            return new, outcome(1.0 - fallen)
         return new, outcome(jnp.ones_like(x), fallen)
 
     def observe(params: CartPoleParams | None, state: CartPoleState) -> Array:
@@ -81,4 +85,7 @@ def make(constants: CartPoleParams = DEFAULT) -> MDP:
 
     high = np.array([2 * constants.max_position, np.inf, 2 * constants.max_angle, np.inf])
     spec = EnvSpec("device/CartPole", box(-high, high), Discrete(2), max_episode_steps=500)
+    if fixed:
+        anywhere = box(-np.inf, np.inf, (4,))
+        spec = EnvSpec("device/CartPoleFixed", anywhere, Discrete(2), max_episode_steps=fixed)
     return MDP(init, step, observe, spec)

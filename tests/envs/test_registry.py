@@ -29,6 +29,7 @@ def test_device_ids_are_their_own_name(id):
         == {
             "Pendulum": 200,
             "CartPole": 500,
+            "CartPoleFixed": 200,
             "CartPoleSwingUp": 200,
             "Acrobot": 500,
             "MountainCarContinuous": 999,

@@ -134,3 +134,19 @@ def test_changed_gravity_agrees_with_gymnasium():
     mdp = pendulum.make()
     new, _ = mdp.step(params, jax.random.key(0), state, jnp.array([[1.5]]))
     np.testing.assert_allclose(mdp.observe(params, new)[0], obs, atol=1e-6)
+
+
+def test_a_fixed_episode_of_cartpole_pays_where_the_other_goes_on():
+    free, fixed = cartpole.make(), cartpole.make(fixed=50)
+    assert fixed.spec.max_episode_steps == 50
+    key = jax.random.key(0)
+    low, high = jnp.array([-2.6, -3, -0.25, -3]), jnp.array([2.6, 3, 0.25, 3])
+    state = cartpole.CartPoleState(
+        *jax.random.uniform(key, (4, 64)) * (high - low)[:, None] + low[:, None]
+    )
+    action = jax.random.bernoulli(key, 0.5, (64,)).astype(jnp.int32)
+    (one, goes_on), (other, pays) = (m.step(None, key, state, action) for m in (free, fixed))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    np.testing.assert_array_equal(pays.reward, goes_on.discount)
+    assert 0 < pays.reward.mean() < 1
+    np.testing.assert_array_equal(pays.discount, 1.0)
