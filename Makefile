@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(call install,.)
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(call install,.[dev$(comma)mujoco])
+	$(call install,.[dev$(comma)mujoco$(comma)label])
 
 demo: $(VENV)/.installed
 	$(BIN)/mbrl train pets --env Pendulum-v1 --steps 1000 --seed 0 --out $(RUN)

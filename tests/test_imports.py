@@ -31,10 +31,11 @@ NOWHERE = {
 LAYERS = {
     "mbrl.types": ("mbrl",),
     "mbrl.networks": ("mbrl.losses", "mbrl.models", "mbrl.mdp", "mbrl.planning"),
-    "mbrl.losses": ("mbrl.models", "mbrl.mdp", "mbrl.planning"),
-    "mbrl.models": ("mbrl.planning",),
+    "mbrl.losses": ("mbrl.models", "mbrl.mdp", "mbrl.planning", "mbrl.preferences"),
+    "mbrl.models": ("mbrl.planning", "mbrl.preferences"),
     "mbrl.mdp": ("mbrl.models", "mbrl.planning", "mbrl.networks"),
-    "mbrl.planning": ("mbrl.models", "mbrl.networks"),
+    "mbrl.planning": ("mbrl.models", "mbrl.networks", "mbrl.preferences"),
+    "mbrl.preferences": ("mbrl.planning", "mbrl.mdp", "mbrl.networks"),
 }
 
 
