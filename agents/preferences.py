@@ -62,8 +62,10 @@ class PreferencesConfig:
     """How queries are chosen (C)."""
     pool: int = 10
     """Candidates per query that is chosen (B)."""
-    teacher: Literal["oracle", "stochastic", "myopic", "skip", "mistake", "equal"] = "oracle"
-    """Synthetic annotator, who sees the true reward (B)."""
+    teacher: Literal["oracle", "stochastic", "myopic", "skip", "mistake", "equal", "people"] = (
+        "oracle"
+    )
+    """Synthetic annotator, who sees the true reward (B); or people, by `mbrl label RUN`."""
     members: int = 3
     """Reward heads (C)."""
     hidden: tuple[int, ...] = (64, 64)
@@ -97,7 +99,10 @@ class PreferencesState(NamedTuple):
     reward: RewardState
     opt_state: optax.OptState
     comparisons: Comparisons
+    pending: Comparisons
+    """Queries without an answer, for people; whoever drives the loop takes them away."""
     calls: Array
+    session: Array
     agreement: Array
     """Of the heads with the newest answers, before they learned from them."""
 
@@ -137,10 +142,12 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
         agent_key, reward_key = jax.random.split(key)
         reward = model.init(reward_key)
         units = jnp.zeros((config.members, 1)), jnp.ones((config.members, 1))
-        comparisons = empty(_example(spec, config), config.labels)
+        example, zero = _example(spec, config), jnp.zeros((), int)
+        comparisons = empty(example, config.labels)
+        pending = empty(example, asked if config.teacher == "people" else 1)
         return PreferencesState(
             agent.init(agent_key), reward._replace(offset=units[0], scale=units[1]),
-            optimizer.init(reward.weights), comparisons, jnp.zeros((), int), jnp.zeros(()),
+            optimizer.init(reward.weights), comparisons, pending, zero, zero, jnp.zeros(()),
         )  # fmt: skip
 
     def act(state: PreferencesState, *args: Any) -> tuple[Any, Any, Any]:
@@ -156,10 +163,14 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
         features = _features(spec, pairs)
         rows = select(config.query, select_key, scores, features, asked)
         pairs = jax.tree.map(lambda x: x[rows], pairs)
+        keep = enough & (jnp.arange(asked) < jnp.asarray(labels)[state.session])
+        state = state._replace(session=state.session + 1)
+        if config.teacher == "people":
+            unknown = jnp.full((asked, 2), -1)
+            return state._replace(pending=add(state.pending, pairs, unknown, keep)[0])
         scale = config.segment * jnp.sum(starts * successors(record).reward) / starts.sum()
         rank, answered = teach(TEACHERS[config.teacher], teach_key, pairs.reward, scale)
-        session = state.calls // calls_per_session
-        keep = answered & enough & (jnp.arange(asked) < jnp.asarray(labels)[session])
+        keep = keep & answered
         agreement = accuracy(scores.mean(0)[rows], rank, keep)
         comparisons, added = add(state.comparisons, pairs, rank, keep)
         agreement = jnp.where(added > 0, agreement, state.agreement)
@@ -167,8 +178,8 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
 
     def update(state: PreferencesState, batch: Batch, key: Key) -> tuple[Any, Metrics, Any]:
         ask_key, fit_key, agent_key = jax.random.split(key, 3)
-        session, rest = jnp.divmod(state.calls, calls_per_session)
-        due = (rest == 0) & (session < config.sessions)
+        due = (state.calls % calls_per_session == 0) & (state.session < config.sessions)
+        due = due & (state.pending.size == 0)
         state = jax.lax.cond(due, ask, lambda state, *_: state, state, batch, ask_key)
         reward, opt_state, fitted = fit_reward(config, model, optimizer, state, fit_key)
         batch, metrics = relabel(config, model, reward, batch, agent.sampling.kind == "all")

@@ -18,13 +18,10 @@ if __name__ == "__main__":  # run as a file: imports start at the checkout
 
 import tyro
 
-from mbrl.training.comparison_store import SCHEMA, ComparisonStore
+from mbrl.training.comparison_store import COMPARISONS, SCHEMA, ComparisonStore
 from mbrl.training.run_directory import StopSignal
 from scripts.cli import parse, run
 from scripts.label_server import Session, make_server
-
-COMPARISONS = "comparisons"
-"""Folder of the store, below that of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,8 @@ def find_store(path: Path) -> ComparisonStore:
             return ComparisonStore.open(folder, on_bad="skip")
     raise ValueError(
         f"{path}: expected a store of comparisons, found no {SCHEMA} there or in "
-        f"{path / COMPARISONS}; start a training that asks for labels first"
+        f"{path / COMPARISONS}; train with --preferences.labels 200 --preferences.teacher people "
+        "first"
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,7 +220,7 @@ def working_storage(run: Run, out: Path) -> Iterator[Where]:
 
 def train(
     run: Run, snapshot: Any, should_stop: Any, data: Record | None, where: Where = "device"
-) -> Iterator[Report]:
+) -> Generator[Report, Learner | None, None]:
     """Run the driver that fits the environment, or the one that needs none."""
     options = {"snapshot": snapshot, "should_stop": should_stop}
     if data is not None:

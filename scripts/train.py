@@ -27,6 +27,7 @@ from mbrl.training.metrics import MetricsWriter
 from mbrl.types import Record, TimeStep
 from scripts import config_json, runs
 from scripts.cli import parse, run
+from scripts.people import People, exchange
 from scripts.progress import Progress
 
 HARMLESS = {
@@ -75,6 +76,8 @@ class TrainConfig:
     """Environment steps between saves; the end and a stop are always saved."""
     on_bad: Literal["raise", "drop", "clip"] = "raise"
     """What to do with rewards and observations that are not finite."""
+    wait_for_labels: bool = True
+    """With --preferences.teacher people: train on when all questions have been answered."""
     replay: Literal["device", "host", "disk"] = "device"
     """Keep replay on the device, in host memory, or in files below OUT (Gymnasium only)."""
     tensorboard: bool = True
@@ -114,6 +117,11 @@ def main(argv: list[str]) -> int:
     seeds = tuple(range(config.seed, config.seed + config.num_seeds))
     if not seeds:
         raise ValueError(f"--num-seeds: expected at least 1, got {config.num_seeds}")
+    if preferences.labels and preferences.teacher == "people" and len(seeds) > 1:
+        raise ValueError(
+            f"--num-seeds: got {config.num_seeds} with --preferences.teacher people, expected 1: "
+            "each seed would ask its own questions; train one run per seed"
+        )
     interval = config.log_every or max(1, config.steps // 50)
     driver = DriverConfig(config.steps, config.num_envs, seeds, interval)
     options = {"pixels": config.pixels or None, "action_repeat": config.action_repeat}
@@ -198,7 +206,8 @@ def _train(
         Progress(f"{job.agent_name} {job.env_id}", step, config.steps) as progress,
         runs.working_storage(job, out) as where,
     ):
-        for report in runs.train(job, snapshot, lambda: stop.requested, data, where):
+        reports = runs.train(job, snapshot, lambda: stop.requested, data, where)
+        for report in exchange(reports, _people(out, job, config, stop)):
             step = report.step
             progress.update(step, _write(log, job, report))
             if step - saved >= config.save_every or step >= config.steps or stop.requested:
@@ -211,6 +220,16 @@ def _train(
             snapshot = report.snapshot()
             saved = _save(out, step, snapshot, saved)
     return Trained(step, saved, snapshot)
+
+
+def _people(
+    out: Path, job: runs.Run, config: TrainConfig, stop: run_directory.StopSignal
+) -> People | None:
+    """Open the store that people answer in, where they are the teacher."""
+    asked = job.preferences
+    if not asked.labels or asked.teacher != "people":
+        return None
+    return People(out, job.spec, asked.segment, config.wait_for_labels, lambda: stop.requested)
 
 
 def _write(log: MetricsWriter, job: runs.Run, report: Report) -> float | None:

@@ -36,6 +36,8 @@ from mbrl.training.comparison_labels import ID, Labels, append, locked, read, sy
 from mbrl.training.comparison_labels import Label as Label
 from mbrl.types import Transition
 
+COMPARISONS = "comparisons"
+"""Folder of a run's store, below that of the run."""
 SCHEMA = "schema.json"
 QUERIES = "queries"
 LABELS = "labels.jsonl"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ def run_device(
     snapshot: Any = None,
     params: Any = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Report]:
+) -> Generator[Report, Learner | None, None]:
     """Train on an `MDP`: acting, stepping, storing and learning in one compiled loop.
 
     Args:
@@ -81,7 +81,8 @@ def run_device(
 
     Yields:
       A `Report` per interval, the last one at `config.steps`. Its learner is only valid
-      until the next one is asked for: its memory is then reused.
+      until the next one is asked for: its memory is then reused. Another learner may be sent in
+      answer (`generator.send`), to go on with.
 
     Raises:
       ValueError: when the simulator has yielded NaN or Inf, naming seed, environment, step
@@ -164,7 +165,8 @@ def run_device(
         raise_fault(fault, state.learner.ring.record, step, env.spec.id, config.seeds)
         step += length
         done = {"state": state, "step": np.int64(step)}
-        yield Report(
+        sent = yield Report(
             step * config.num_envs, state.learner, fetch(metrics), fetch(episodes),
             lambda done=done: done,
         )  # fmt: skip
+        state = state if sent is None else state._replace(learner=sent)

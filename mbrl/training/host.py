@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import jax
@@ -50,7 +50,7 @@ def run_host(
     snapshot: Any = None,
     should_stop: Callable[[], bool] = lambda: False,
     where: Where = "device",
-) -> Iterator[Report]:
+) -> Generator[Report, Learner | None, None]:
     """Train on environments that live on the host, one `HostEnvironment` per seed.
 
     Per vector step there is one transfer in, one compiled call that acts, one transfer
@@ -70,7 +70,8 @@ def run_host(
 
     Yields:
       A `Report` per interval, the last one at `config.steps` or where it was stopped. Its
-      learner is only valid until the next one is asked for: its memory is then reused.
+      learner is only valid until the next one is asked for: its memory is then reused. Another
+      learner may be sent in answer (`generator.send`), to go on with; replay stays as it is.
 
     Raises:
       ValueError: when the environments do not fit the configuration.
@@ -127,11 +128,12 @@ def run_host(
         if stop or step == plan.total or step % (plan.cycles_per_report * plan.cycle) == 0:
             whole = learner._replace(ring=rings.state())
             done = {"learner": whole, "step": np.int64(step)}
-            yield Report(
+            sent = yield Report(
                 step * config.num_envs, whole, _summary(logged),
                 _join_episodes(finished, num_seeds),
                 lambda done=done: {**done, "envs": [env.state() for env in envs]},
             )  # fmt: skip
+            learner = learner if sent is None else sent._replace(ring=())
             logged, finished = [], []
 
 

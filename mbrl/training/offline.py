@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ def run_offline(
     hyper: Hyper | None = None,
     snapshot: Any = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Report]:
+) -> Generator[Report, Learner | None, None]:
     """Train on records; every step is one update, and no environment is stepped.
 
     Args:
@@ -49,7 +49,8 @@ def run_offline(
 
     Yields:
       A `Report` per interval, without episodes, the last one at `config.steps`. Its learner
-      is only valid until the next one is asked for: its memory is then reused.
+      is only valid until the next one is asked for: its memory is then reused. Another
+      learner may be sent in answer (`generator.send`), to go on with.
 
     Raises:
       ValueError: for an agent that learns from its own newest steps only, and for streams
@@ -90,7 +91,8 @@ def run_offline(
         learner, metrics = run(learner, hyper, jnp.asarray(num))
         step += num
         done = {"learner": learner, "step": np.int64(step)}
-        yield Report(step, learner, fetch(metrics), Episodes(*none), lambda done=done: done)
+        sent = yield Report(step, learner, fetch(metrics), Episodes(*none), lambda done=done: done)
+        learner = learner if sent is None else sent
 
 
 def _filled(ring: replay.Ring, record: Record) -> replay.Ring:
