@@ -164,7 +164,8 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
         rows = select(config.query, select_key, scores, features, asked)
         pairs = jax.tree.map(lambda x: x[rows], pairs)
         keep = enough & (jnp.arange(asked) < jnp.asarray(labels)[state.session])
-        state = state._replace(session=state.session + 1)
+        # Where no episode has been long enough for a segment, the session is held later.
+        state = state._replace(session=state.session + enough)
         if config.teacher == "people":
             unknown = jnp.full((asked, 2), -1)
             return state._replace(pending=add(state.pending, pairs, unknown, keep)[0])

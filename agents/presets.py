@@ -76,6 +76,9 @@ _QUICK = {
 }  # fmt: skip
 """PPO where a few thousand steps are enough: many small rollouts, few of which overlap."""
 
+_FIXED = _QUICK | {"rollout": 1600, "minibatches": 16, "discount": 0.99, "trace": 0.95}
+"""Whole episodes of eight environments: what follows a mistake is as long as what came before."""
+
 _TORQUE = {
     "rollout": 1024, "minibatches": 16, "epochs": 20, "discount": 0.95, "learning_rate": 1e-3,
     "anneal": 50_000,
@@ -112,7 +115,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("muzero", "device/ConnectFour"): _BOARD | {"td_steps": 42},
     ("ppo", "CartPole-v1"): _QUICK,
     ("ppo", "device/CartPole"): _QUICK,
-    ("ppo", "device/CartPoleFixed"): _QUICK,
+    ("ppo", "device/CartPoleFixed"): _FIXED,
     ("ppo", "Pendulum-v1"): _TORQUE,
     ("ppo", "device/Pendulum"): _TORQUE,
     ("pets", "InvertedPendulum-v5"): {

@@ -11,7 +11,7 @@ import numpy as np
 
 from envs.ondevice.physics import Scalar, outcome, start_obs
 from mbrl.spaces import box
-from mbrl.types import MDP, Array, Discrete, EnvSpec, Key, Outcome
+from mbrl.types import MDP, Array, Discrete, EnvSpec, Key, Outcome, reset_rows
 
 
 class CartPoleParams(NamedTuple):
@@ -45,7 +45,7 @@ def make(constants: CartPoleParams = DEFAULT, fixed: int | None = None) -> MDP:
     Args:
       constants: used where `params` is None, and for the spaces.
       fixed: steps of every episode. Nothing ends it earlier, so that its length tells nothing of
-        its reward, which is 0 where a step leaves the bounds. None = as in Gymnasium.
+        its reward: what has fallen stays where it is, for a reward of 0. None = as in Gymnasium.
 
     Returns:
       `MDP` with the four state variables as observation; action 0 pushes left, 1 right.
@@ -75,10 +75,13 @@ def make(constants: CartPoleParams = DEFAULT, fixed: int | None = None) -> MDP:
         new = CartPoleState(
             x + p.dt * v, v + p.dt * acceleration, angle + p.dt * spin, spin + p.dt * spin_rate
         )
-        fallen = (jnp.abs(new.position) > p.max_position) | (jnp.abs(new.angle) > p.max_angle)
         if fixed:
-            return new, outcome(1.0 - fallen)
-        return new, outcome(jnp.ones_like(x), fallen)
+            down = fallen(p, state)
+            return reset_rows(down, state, new), outcome(1.0 - (down | fallen(p, new)))
+        return new, outcome(jnp.ones_like(x), fallen(p, new))
+
+    def fallen(p: CartPoleParams, state: CartPoleState) -> Array:
+        return (jnp.abs(state.position) > p.max_position) | (jnp.abs(state.angle) > p.max_angle)
 
     def observe(params: CartPoleParams | None, state: CartPoleState) -> Array:
         return jnp.stack(state, -1)

@@ -65,7 +65,8 @@ def label_probabilities(config: TeacherConfig, reward: Array, scale: Array | flo
 
     Thresholds are compared with plain sums, preferences are drawn from the myopic ones. A
     skipped pair is not called equal, and a pair that is called equal is not mistaken. Where
-    the (myopic) sums are the same and nobody calls them equal, a fair coin decides.
+    the (myopic) sums are the very same, who is rational calls them equal, and who is not
+    (`beta` is finite) throws a coin.
 
     Args:
       config: the annotator.
@@ -92,6 +93,8 @@ def label_probabilities(config: TeacherConfig, reward: Array, scale: Array | flo
     threshold = config.skip * jnp.asarray(scale)
     skipped = (threshold > 0.0) & (total.max(1) <= threshold)
     equal = jnp.abs(total[:, 0] - total[:, 1]) < config.equal * jnp.abs(scale)
+    if math.isinf(config.beta):
+        equal = equal | same
     equal = equal & ~skipped
     answered = ~equal & ~skipped
     return jnp.stack([first * answered, (1.0 - first) * answered, equal, skipped], 1)

@@ -28,7 +28,6 @@ PAIRS = jnp.array(
     ]
 )
 FIRST, SECOND, EQUAL, SKIPPED = np.eye(4)
-COIN = (FIRST + SECOND) / 2
 
 
 def sigmoid(x: float) -> float:
@@ -40,13 +39,13 @@ def mix(first: float) -> Any:
 
 
 WANT = {
-    "oracle": [SECOND, COIN, SECOND, FIRST, FIRST],
+    "oracle": [SECOND, EQUAL, SECOND, FIRST, FIRST],
     "stochastic": [mix(sigmoid(d)) for d in (-3.0, 0.0, -0.01, 2.0, 0.05)],
     # Weights 0.9 and 1: the late rewards of pairs 1 and 4 win; -1 against -2.7 does not.
     "myopic": [SECOND, SECOND, SECOND, FIRST, SECOND],
     # Nothing above 0.1.
-    "skip": [SECOND, COIN, SKIPPED, SKIPPED, FIRST],
-    "mistake": [mix(0.1), COIN, mix(0.1), mix(0.9), mix(0.9)],
+    "skip": [SECOND, EQUAL, SKIPPED, SKIPPED, FIRST],
+    "mistake": [mix(0.1), EQUAL, mix(0.1), mix(0.9), mix(0.9)],
     "equal": [SECOND, EQUAL, EQUAL, FIRST, EQUAL],
 }
 
