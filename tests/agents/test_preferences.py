@@ -24,6 +24,7 @@ from agents.preferences import (
 from mbrl import optim, replay, spaces
 from mbrl.models.reward import reward_model
 from mbrl.preferences.comparisons import add, empty, filled
+from mbrl.preferences.teachers import TEACHERS, TeacherConfig
 from mbrl.training.device import run_device
 from mbrl.training.learner import DriverConfig, Report
 from mbrl.types import MDP, Agent, Batch, Discrete, EnvSpec, Outcome, Record, SampleSpec, Transition
@@ -38,15 +39,15 @@ SEQUENCES = SampleSpec("sequences", 400, 80, 80, updates=2, batch_size=16, lengt
 ALL = SampleSpec("all", 400, 80, 80)
 
 
-def drift(scale: float = 1.0) -> MDP:
-    """Positions that drift with the action; the reward is the first of them."""
+def drift(scale: float = 1.0, shift: float = 0.0) -> MDP:
+    """Positions that drift with the action; the reward is the first of them, scaled and shifted."""
 
     def init(params: Any, key: Any, obs: Any = None, batch: int = 1) -> Any:
         return jax.random.normal(key, (batch, 2)) if obs is None else obs
 
     def step(params: Any, key: Any, state: Any, action: Any) -> Any:
         state = 0.9 * state + 0.3 * jax.random.normal(key, state.shape) + 0.2 * action
-        return state, Outcome(scale * state[:, 0], jnp.ones(state.shape[0]), None)
+        return state, Outcome(scale * state[:, 0] + shift, jnp.ones(state.shape[0]), None)
 
     return MDP(init, step, lambda params, state: state, SPEC)
 
@@ -77,14 +78,17 @@ def spy(sampling: SampleSpec) -> Agent:
 
 
 def run(
-    sampling: SampleSpec, config: PreferencesConfig = SMALL, steps: int = 800, scale: float = 1.0
+    sampling: SampleSpec,
+    config: PreferencesConfig = SMALL,
+    steps: int = 800,
+    mdp: MDP | None = None,
 ) -> Report:
     driver = DriverConfig(steps, 4, (0,), interval=80)
 
     def factory(hyper: Any) -> Agent:
         return with_preferences(spy(sampling), SPEC, config)
 
-    return collections.deque(run_device(factory, drift(scale), driver), maxlen=1).pop()
+    return collections.deque(run_device(factory, mdp or drift(), driver), maxlen=1).pop()
 
 
 def seen_by_agent(report: Report) -> dict[str, np.ndarray]:
@@ -108,7 +112,7 @@ def test_what_the_teacher_prefers_is_learned_from_answers_alone(sampling):
 
 def test_the_agent_never_sees_the_true_reward():
     # An oracle answers the same for any positive scale, and nothing else reads the reward.
-    one, other = (seen_by_agent(run(LATEST, steps=320, scale=s)) for s in (1.0, 1024.0))
+    one, other = (seen_by_agent(run(LATEST, steps=320, mdp=drift(s))) for s in (1.0, 1024.0))
     np.testing.assert_array_equal(one["reward"], other["reward"])
     assert np.abs(one["reward"]).max() > 0.1
 
@@ -136,14 +140,18 @@ def test_sequences_and_what_goes_back_belong_together():
     assert {0.0, 1.0} <= set(np.round(off).reshape(-1))
 
 
-def test_a_session_in_which_all_are_skipped_leaves_everything_in_order():
-    report = run(LATEST, dataclasses.replace(SMALL, teacher="skip"), 320, scale=-1e-9)
-    # Scales that are not positive skip nothing; one that is tiny does not either.
-    assert float(report.metrics["preferences/labels"][0]) > 0
-    never = dataclasses.replace(SMALL, segment=12)  # episodes have twelve transitions
-    report = run(SampleSpec("latest", 40, 40, 40, length=0), never, 320)
-    assert float(report.metrics["preferences/labels"][0]) == 0
-    assert np.isfinite(np.asarray(report.learner.agent.reward.offset)).all()
+def test_sessions_without_an_answer_leave_everything_in_order(monkeypatch):
+    monkeypatch.setitem(TEACHERS, "skip", TeacherConfig(skip=100.0))
+    skipping = dataclasses.replace(SMALL, teacher="skip")
+    too_long = dataclasses.replace(SMALL, segment=12)  # no rollout of ten records has that
+    short = SampleSpec("latest", 40, 40, 40, length=0)
+    for sampling, config in ((LATEST, skipping), (short, too_long)):
+        report = run(sampling, config, 320, drift(shift=10.0))
+        assert float(report.metrics["preferences/labels"][0]) == 0
+        state = report.learner.agent
+        assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state.reward))
+        # A session is not used up by there being nothing to ask.
+        assert int(state.session[0]) == (4 if config is skipping else 0)
 
 
 def answers(num: int) -> Any:
@@ -165,8 +173,9 @@ def fitted(config: PreferencesConfig) -> Any:
     units = jnp.zeros((config.members, 1)), jnp.ones((config.members, 1))
     state = state._replace(offset=units[0], scale=units[1])
     optimizer = optim.apply_if_finite_counted(optax.adamw(3e-3))
+    labelled, zero = answers(50), jnp.zeros((), int)
     whole = PreferencesState(
-        (), state, optimizer.init(state.weights), answers(50), jnp.zeros((), int), jnp.zeros(())
+        (), state, optimizer.init(state.weights), labelled, labelled, zero, zero, jnp.zeros(())
     )
     reward, _, metrics = fit_reward(config, model, optimizer, whole, jax.random.key(1))
     return model, reward, whole.comparisons, metrics
