@@ -50,14 +50,14 @@ class PreferencesConfig:
     """Comparisons to ask for in all; 0 = learn from the reward of the environment."""
     sessions: int = 20
     """Times that the teacher is asked (M)."""
-    ask_every: int = 2000
+    ask_every: int = 1000
     """Environment steps from one session to the next, rounded to whole updates (M)."""
     first: float = 0.25
     """Share of the labels that the first session asks for."""
     rate: ScheduleKind = "decaying"
     """Of the labels per session after the first."""
-    segment: int = 25
-    """Transitions per segment (C: one to two seconds)."""
+    segment: int = 15
+    """Transitions per segment (C: one to two seconds; M)."""
     query: QueryKind = "disagreement"
     """How queries are chosen (C)."""
     pool: int = 10

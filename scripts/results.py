@@ -34,7 +34,7 @@ from scripts.speed import cores_text, speed
 Row = dict[str, Any]
 IDENTITY = ("benchmark", "task", "agent", "setting", "steps", "metric")
 
-TITLES = {"pets": "PETS", "dreamer": "Dreamer", "muzero": "MuZero"}
+TITLES = {"pets": "PETS", "dreamer": "Dreamer", "muzero": "MuZero", "ppo": "PPO"}
 ALIKE = ("seeds", "versions", "log_every", "save_every", "eval_episodes")
 """Settings in which runs of one result may differ."""
 
@@ -70,6 +70,27 @@ TARGETS = {
     ("muzero", "device/TicTacToe", 150_000, "--eval-env", "device/TicTacToePerfect"): Target(
         0.0, every_seed=True
     ),
+    ("ppo", "device/CartPole", 100_000, "--eval-env", "CartPole-v1"): Target(475.0),
+    (
+        "ppo",
+        "device/Pendulum",
+        50_000,
+        "--preferences.labels",
+        "200",
+        "--eval-env",
+        "Pendulum-v1",
+    ): Target(-200.0, every_seed=True),
+    (
+        "pets",
+        "Pendulum-v1",
+        4_000,
+        "--preferences.labels",
+        "100",
+        "--preferences.sessions",
+        "8",
+        "--preferences.ask-every",
+        "400",
+    ): Target(-250.0),
 }
 """By agent, environment, steps per seed, and the flags that differ from the preset."""
 
