@@ -13,7 +13,8 @@ import pytest
 
 from agents.ppo import PPOConfig, make_ppo, ppo_loss, rollout_of
 from mbrl import normalization, replay, spaces
-from mbrl.mdp import episodic, timestep
+from mbrl.mdp import episodic, timestep, with_resets
+from mbrl.models.probabilistic import probabilistic_ensemble
 from mbrl.networks.actor_critic import ActorCritic, evaluate
 from mbrl.networks.observation import prepare
 from mbrl.training.device import run_device
@@ -281,6 +282,23 @@ def test_seeds_share_a_program_and_nothing_else():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[1], b[0], atol=2e-5), both, alone
     )  # fmt: skip
+
+
+def test_a_learned_model_is_a_task_as_well():
+    spec = TASKS["reach"]
+    ensemble = probabilistic_ensemble(spec, num_members=2, hidden=(8,))
+    starts = jnp.array([[0.5, -0.5], [0.25, 0.0]])
+    mdp = with_resets(ensemble.mdp("ts1"), starts)
+    driver = DriverConfig(96, 4, (0,), interval=32)
+    params = ensemble.init(KEY)
+    reports = run_device(lambda hyper: make_ppo(spec, TINY), mdp, driver, params=params)
+    report = collections.deque(reports, maxlen=1).pop()
+    assert float(report.metrics["policy/first_ratio"][0]) < 1e-5
+    record = jax.tree.map(lambda x: np.asarray(x[0]), report.learner.ring.record)
+    begun = record.obs[record.is_first]
+    assert len(begun) >= 4
+    assert {tuple(obs) for obs in begun.tolist()} <= {(0.5, -0.5), (0.25, 0.0)}
+    assert np.abs(record.reward[~record.is_first]).max() > 0.0
 
 
 @pytest.mark.parametrize(
