@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agents.preferences import PreferencesConfig
 from agents.presets import preset
 from scripts import benchmarks_page, config_json, results
 from scripts.train import settings
@@ -86,11 +87,30 @@ def test_commands_hold_the_changes_and_parse_back(tmp_path: Path) -> None:
     (row,) = results.collect([run])
     words = row["command"].split()
     assert words[:3] == ["mbrl", "train", "pets"]
-    train, agent = settings("pets", words[3:])
+    train, agent, _ = settings("pets", words[3:])
     assert (train.env, train.steps, train.seed, train.num_seeds) == (env, 100, 3, 1)
     assert agent == dataclasses.replace(default, **changes)
     assert "noise" not in row["command"]  # the preset has it already
     assert "planner.horizon 9" in row["setting"]
+
+
+def test_commands_tell_how_the_reward_was_learned_and_where_a_run_was_judged(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "a", "CartPole-v1", 3_000, {3: 1.0})
+    config = json.loads((run / "config.json").read_text())
+    asked = PreferencesConfig(labels=20, teacher="skip")
+    config |= {"preferences": config_json.to_json(asked), "eval_env": "device/CartPole"}
+    (run / "config.json").write_text(json.dumps(config))
+    rows = results.collect([run])
+    words = rows[0]["command"].split()
+    train, _, preferences = settings("pets", words[3:])
+    assert preferences == asked
+    assert (train.env, train.eval_env) == ("CartPole-v1", "device/CartPole")
+    assert "segment" not in rows[0]["command"]  # as usual
+    # Other rewards and other judges have targets of their own.
+    assert len(rows) == 1
+    assert "target" not in rows[0]
 
 
 def test_runs_that_differ_in_the_seed_are_one_result(tmp_path: Path) -> None:
