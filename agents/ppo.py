@@ -69,7 +69,7 @@ class PPOConfig:
     learning_rate: float = 3e-4
     """Step size of Adam (P)."""
     anneal: int = 0
-    """Environment steps over which the step size falls to 0; 0 = never."""
+    """Environment steps over which the step size falls to a tenth; 0 = never."""
     clip_norm: float = 0.5
     """Gradient norm above which it is scaled down."""
     target_kl: float = 0.0
@@ -138,7 +138,7 @@ def make_ppo(spec: EnvSpec, config: PPOConfig = PPOConfig()) -> Agent:
     spaces.check_one_player(spec, "PPO")
     fixed = tuple(bool(x) for x in policies.deviations(spec.action))
     net = ActorCritic(fixed, config.log_std, config.hidden, config.memory)
-    rate = optim.linear(config.learning_rate, _updates(config))
+    rate = optim.falling(config.learning_rate, _updates(config))
     optimizer = optim.apply_if_finite_counted(
         optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(rate, eps=1e-5))
     )
@@ -164,7 +164,7 @@ def make_ppo(spec: EnvSpec, config: PPOConfig = PPOConfig()) -> Agent:
         # The first rollout is the policy's own as well: it is nearly uniform.
         sample = policy.mode() if mode == "greedy" else policy.sample(key)
         # What was drawn may lie outside of the bounds, and its probability is not theirs.
-        extras = {"sample": sample, "memory": memory}
+        extras = {"sample": sample, "log_prob": policy.log_prob(sample), "memory": memory}
         action = spaces.decode_action(spec.action, jnp.clip(sample, -1.0, 1.0))
         return action, after, extras
 
@@ -227,8 +227,7 @@ def rollout_of(
     obs = jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), seen)
     sample, is_first = stretches(record.extras["sample"]), stretches(record.is_first)
     memory = stretches(record.extras["memory"])[:, 0]
-    outputs, value = unroll(net, state.params, memory, obs, is_first)
-    value = value.reshape(num_envs, time)
+    value = unroll(net, state.params, memory, obs, is_first)[1].reshape(num_envs, time)
 
     signals = jax.vmap(returns.align, (0, None))(record, config.discount)
     units = state.returns
@@ -248,7 +247,7 @@ def rollout_of(
         return stretches(jnp.pad(x, ((0, 0), (0, 1))))
 
     return Rollout(
-        obs, is_first, memory, sample, Policy(spec.action, outputs, plain=True).log_prob(sample),
+        obs, is_first, memory, sample, stretches(record.extras["log_prob"]),
         stretches(value), starts(advantage), starts(advantage + value[:, :-1]), starts(weight),
     ), units  # fmt: skip
 
@@ -279,4 +278,5 @@ def ppo_loss(
 
 def _updates(config: PPOConfig) -> int:
     """Count the steps of the optimizer in `anneal` environment steps."""
-    return config.anneal * config.epochs * config.minibatches // config.rollout
+    steps = config.anneal * config.epochs * config.minibatches / config.rollout
+    return max(1, round(steps)) if config.anneal else 0

@@ -61,7 +61,7 @@ class PreferencesConfig:
     query: QueryKind = "disagreement"
     """How queries are chosen (C)."""
     pool: int = 10
-    """Candidates per query that is chosen (B)."""
+    """Candidates per query of the largest session, which are that many in all of them (B: 10)."""
     teacher: Literal["oracle", "stochastic", "myopic", "skip", "mistake", "equal", "people"] = (
         "oracle"
     )
@@ -160,8 +160,9 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
         found, enough = draw(record, starts, draw_key, num, config.segment)
         pairs = jax.tree.map(lambda x: x.reshape(num // 2, 2, *x.shape[1:]), found)
         scores = segment_scores(score(model, state.reward, pairs))
-        features = _features(spec, pairs)
-        rows = select(config.query, select_key, scores, features, asked)
+        known = filled(state.comparisons)
+        seen = [_features(spec, state.reward, x) for x in (pairs, state.comparisons.segments)]
+        rows = select(config.query, select_key, scores, seen[0], asked, seen[1], known)
         pairs = jax.tree.map(lambda x: x[rows], pairs)
         keep = enough & (jnp.arange(asked) < jnp.asarray(labels)[state.session])
         # Where no episode has been long enough for a segment, the session is held later.
@@ -179,6 +180,7 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
 
     def update(state: PreferencesState, batch: Batch, key: Key) -> tuple[Any, Metrics, Any]:
         ask_key, fit_key, agent_key = jax.random.split(key, 3)
+        _check_time(batch.valid.shape[-1], config)
         due = (state.calls % calls_per_session == 0) & (state.session < config.sessions)
         due = due & (state.pending.size == 0)
         state = jax.lax.cond(due, ask, lambda state, *_: state, state, batch, ask_key)
@@ -213,7 +215,8 @@ def fit_reward(
 
     Returns:
       The reward model, whose heads have mean 0 and deviation 1 over all labelled segments,
-      whatever the sizes of their networks' outputs; the state of the optimizer; and metrics.
+      whatever the sizes of their networks' outputs, and give 0 before the first answer; the
+      state of the optimizer; and metrics.
     """
     answers, known = state.comparisons, filled(state.comparisons)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), answers.segments)
@@ -247,7 +250,9 @@ def fit_reward(
     mean = jnp.sum(given * steps, (1, 2, 3)) / count
     offset = mean[:, None, None, None]
     std = jnp.sqrt(jnp.sum(jnp.square(given - offset) * steps, (1, 2, 3)) / count + 1e-8)
-    reward = reward._replace(offset=(-mean / std)[:, None], scale=(1.0 / std)[:, None])
+    # Until there is an answer, all that is done is worth the same.
+    scale = jnp.where(answers.size > 0, 1.0 / std, 0.0)
+    reward = reward._replace(offset=(-mean * scale)[:, None], scale=scale[:, None])
     metrics = {
         "preferences/loss": errors.mean(),
         "preferences/accuracy": accuracy(segment_scores(given).mean(0), answers.rank, known),
@@ -276,6 +281,15 @@ def relabel(
         "preferences/spread": jnp.sum(estimate.epistemic.reshape(starts.shape) * starts) / count,
     }
     return batch._replace(record=batch.record._replace(reward=arriving)), metrics
+
+
+def _check_time(time: int, config: PreferencesConfig) -> None:
+    if time <= config.segment:
+        raise ValueError(
+            f"preferences.segment: got {config.segment} transitions, expected fewer than the "
+            f"{time} records per environment of an update; lower --preferences.segment or "
+            "--num-envs, or raise what an update reads (--rollout of ppo)"
+        )
 
 
 def _longer(sampling: SampleSpec, config: PreferencesConfig) -> SampleSpec:
@@ -314,8 +328,9 @@ def _example(spec: EnvSpec, config: PreferencesConfig) -> Transition:
     return Transition(obs, action, nothing, obs, nothing)
 
 
-def _features(spec: EnvSpec, pairs: Transition) -> Array:
-    """Describe pairs [M, 2, L, ...] by what is seen on average, on one scale: [M, F]."""
+def _features(spec: EnvSpec, reward: RewardState, pairs: Transition) -> Array:
+    """Describe pairs [M, 2, L, ...] by what is seen on average, on the scale of all answers."""
     seen = spaces.flatten(spec.observation, pairs.obs).mean(2)
-    seen = seen.reshape(seen.shape[0], -1)
-    return (seen - seen.mean(0)) / (seen.std(0) + 1e-6)
+    size = seen.shape[-1]
+    seen = (seen - reward.inputs.mean[:size]) / reward.inputs.std[:size]
+    return seen.reshape(seen.shape[0], -1)

@@ -76,7 +76,9 @@ _QUICK = {
 }  # fmt: skip
 """PPO where a few thousand steps are enough: many small rollouts, few of which overlap."""
 
-_FIXED = _QUICK | {"rollout": 1600, "minibatches": 16, "discount": 0.99, "trace": 0.95}
+_FIXED = _QUICK | {
+    "rollout": 1600, "minibatches": 16, "discount": 0.99, "trace": 0.95, "entropy": 0.01,
+}  # fmt: skip
 """Whole episodes of eight environments: what follows a mistake is as long as what came before."""
 
 _TORQUE = {

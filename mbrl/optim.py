@@ -201,11 +201,6 @@ def falling(rate: Array | float, updates: int) -> Any:
     return optax.cosine_decay_schedule(cast(Any, rate), updates, 0.1) if updates else rate
 
 
-def linear(rate: Array | float, updates: int) -> Any:
-    """Return a step size that falls to 0 along a line over `updates`; 0 = constant."""
-    return optax.linear_schedule(cast(Any, rate), 0.0, updates) if updates else rate
-
-
 def skipped(state: FiniteState, part: str = "model") -> dict[str, Array]:
     """Return the counts of skipped updates as metrics of `part`."""
     return {

@@ -47,7 +47,8 @@ class Window(NamedTuple):
 
 
 def _dreamer(run: runs.Run, agent_state: Any) -> tuple[RSSM, RSSMState]:
-    return dreamer.build(run.spec, run.config).model, agent_state.world
+    own = agent_state.agent if run.preferences.labels else agent_state
+    return dreamer.build(run.spec, run.config).model, own.world
 
 
 LATENT: dict[str, Callable[[runs.Run, Any], tuple[RSSM, RSSMState]]] = {"dreamer": _dreamer}

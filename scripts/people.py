@@ -15,9 +15,11 @@ import numpy as np
 
 from agents.preferences import PreferencesState
 from mbrl.preferences import comparisons
+from mbrl.training.comparison_files import BadFileError
 from mbrl.training.comparison_store import COMPARISONS, ComparisonStore, Schema
 from mbrl.training.learner import Learner, Report
 from mbrl.types import EnvSpec, Transition
+from scripts import runs
 
 PAUSE = 0.5
 """Seconds between two looks for answers."""
@@ -27,7 +29,13 @@ class People:
     """Asks people what an agent with the teacher 'people' wants to know."""
 
     def __init__(
-        self, run: Path, spec: EnvSpec, length: int, wait: bool, should_stop: Callable[[], bool]
+        self,
+        run: Path,
+        spec: EnvSpec,
+        length: int,
+        steps: int,
+        wait: bool,
+        should_stop: Callable[[], bool],
     ) -> None:
         """Open the store of a run, or make it.
 
@@ -35,6 +43,7 @@ class People:
           run: folder of the run.
           spec: of its task.
           length: transitions per segment.
+          steps: of the run, after which nothing is asked.
           wait: for the answers to all that has been asked, before training goes on.
           should_stop: asked while waiting.
 
@@ -43,15 +52,17 @@ class People:
         """
         schema = Schema(spec.observation, spec.action, options=2, length=length)
         self.store = ComparisonStore.create_or_open(run / COMPARISONS, schema)
-        self._run, self._wait, self._should_stop = run, wait, should_stop
+        self._run, self._steps, self._wait, self._should_stop = run, steps, wait, should_stop
         self._known: list[tuple[str, Any]] = []
 
     def answer(self, report: Report) -> Learner | None:
         """Write the queries of a report, and return its learner with all answers there are.
 
         Returns:
-          The learner to go on with; None where nothing has changed.
+          The learner to go on with; None where nothing has changed, or at the end.
         """
+        if report.step >= self._steps:
+            return None
         state: PreferencesState = report.learner.agent
         asked = int(state.pending.size[0])
         pending = jax.tree.map(lambda x: np.asarray(x[0]), state.pending.segments)
@@ -71,12 +82,23 @@ class People:
         return report.learner._replace(agent=fresh)
 
     def _wait_for_answers(self) -> None:
-        waiting = len(self.store.pending())
+        waiting = len(self._open())
         if waiting and not self._should_stop():
             command = f"mbrl label {shlex.quote(str(self._run))}"
             print(f"waiting for {waiting} answers: {command}", file=sys.stderr, flush=True)
-        while self.store.pending() and not self._should_stop():
+        while self._open() and not self._should_stop():
             time.sleep(PAUSE)
+
+    def _open(self) -> list[str]:
+        """List the queries that can still be answered: the page does not show damaged ones."""
+        return [query for query in self.store.pending() if self._is_whole(query)]
+
+    def _is_whole(self, query: str) -> bool:
+        try:
+            self.store.read_query(query)
+        except BadFileError:
+            return False
+        return True
 
     def _comparisons(self, old: comparisons.Comparisons) -> comparisons.Comparisons:
         """Fill the buffer anew, [1, Q, ...]: what was taken back is gone from it."""
@@ -91,14 +113,25 @@ class People:
 def exchange(
     reports: Generator[Report, Learner | None, None], people: People | None
 ) -> Iterator[Report]:
-    """Iterate over the reports of a driver; people answer each of them, if there are any."""
+    """Iterate over the reports of a driver; people answer each of them, if there are any.
+
+    What is saved of a report has the answers in it already, so that nothing is asked twice.
+    """
     try:
         report = next(reports)
         while True:
-            yield report
-            report = reports.send(None if people is None else people.answer(report))
+            answered = None if people is None else people.answer(report)
+            yield report if answered is None else _with_learner(report, answered)
+            report = reports.send(answered)
     except StopIteration:
         return
+
+
+def _with_learner(report: Report, learner: Learner) -> Report:
+    def snapshot() -> Any:
+        return runs.with_learner(report.snapshot(), learner)
+
+    return report._replace(learner=learner, snapshot=snapshot)
 
 
 def _query(pending: Transition, index: int) -> Transition:

@@ -115,7 +115,7 @@ def value_of(config: PlanConfig, mdp: MDP) -> Value | None:
     restored = runs.restore(trained, Path(config.value))
     if restored is None:
         raise ValueError(f"--value: {config.value} has no save; train it first")
-    first = jax.tree.map(lambda x: x[0], runs.learner_of(restored.tree).agent.value)
+    first = jax.tree.map(lambda x: x[0], runs.agent_of(trained, restored.tree).value)
     model = value_model(mdp.spec, trained.config.planner.discount, trained.config.members)
     return terminal_value(model, first, mdp)
 

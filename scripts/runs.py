@@ -310,6 +310,19 @@ def restore(run: Run, directory: Path) -> checkpoint.Restored | None:
     return checkpoint.restore(folder, snapshot_like(run, newest[1] if newest else {}))
 
 
+def agent_of(run: Run, snapshot: Any) -> Any:
+    """Return the state of a run's agent itself, without what its reward is learned with."""
+    state = learner_of(snapshot).agent
+    return state.agent if run.preferences.labels else state
+
+
+def with_learner(snapshot: Any, learner: Learner) -> Any:
+    """Put another learner into a snapshot of any driver."""
+    if "learner" in snapshot:
+        return {**snapshot, "learner": learner}
+    return {**snapshot, "state": snapshot["state"]._replace(learner=learner)}
+
+
 def learner_of(snapshot: Any) -> Learner:
     """Return the learner in a snapshot of any driver, leaves [S, ...]."""
     return snapshot["learner"] if "learner" in snapshot else snapshot["state"].learner

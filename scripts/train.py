@@ -229,7 +229,9 @@ def _people(
     asked = job.preferences
     if not asked.labels or asked.teacher != "people":
         return None
-    return People(out, job.spec, asked.segment, config.wait_for_labels, lambda: stop.requested)
+    return People(
+        out, job.spec, asked.segment, config.steps, config.wait_for_labels, lambda: stop.requested
+    )
 
 
 def _write(log: MetricsWriter, job: runs.Run, report: Report) -> float | None:

@@ -106,6 +106,10 @@ def compare(folder: Path) -> tuple[float, float]:
     restored = runs.restore(job, folder)
     if job.agent_name != "muzero" or job.env is None or "GridWorld" not in job.env_id:
         raise ValueError(f"{folder}: expected a run of muzero on a device/GridWorld")
+    if job.preferences.labels:
+        raise ValueError(
+            f"{folder}: its values are those of a learned reward; train without labels"
+        )
     if restored is None:
         raise ValueError(f"{folder}: there is no save; train it first")
     state: Any = jax.tree.map(lambda x: x[0], runs.learner_of(restored.tree).agent)

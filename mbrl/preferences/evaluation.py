@@ -165,7 +165,9 @@ def canonical_reward(
 
     def mean_from(obs: Any) -> Array:
         """Return `E[R(obs, A, S')]` for one observation without batch axis."""
-        tiled = jax.tree.map(lambda x: jnp.broadcast_to(x, (actions.shape[0], *x.shape)), obs)
+        tiled = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (jax.tree.leaves(actions)[0].shape[0], *x.shape)), obs
+        )
         return jnp.mean(reward(tiled, actions, states))
 
     # One row at a time: all of them at once would be B x S rows of network activations.
@@ -203,7 +205,7 @@ def epic_distance(
 
     Reference: EPIC, Gleave et al. 2020 (arXiv:2006.13900).
     """
-    mask = jnp.ones(transition.action.shape[:1], bool)
+    mask = jnp.ones(jax.tree.leaves(transition.action)[0].shape[:1], bool)
 
     def direction(reward: RewardFn) -> Array:
         size = jnp.abs(reward(transition.obs, transition.action, transition.next_obs)).max()

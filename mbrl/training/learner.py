@@ -270,6 +270,12 @@ def schedule(agent: Agent, config: DriverConfig) -> Schedule:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     cycle = max(1, agent.sampling.every // config.num_envs)
+    if agent.sampling.kind == "latest" and not agent.sampling.length and cycle < 2:
+        raise ValueError(
+            f"num_envs: got {config.num_envs} with an update every {agent.sampling.every} "
+            "environment steps, expected at most half as many, or no environment takes two steps "
+            "in between; lower --num-envs or raise --rollout"
+        )
     warmup = max(1, -(-agent.sampling.start // config.num_envs))
     per_report = max(1, config.interval // (cycle * config.num_envs))
     return Schedule(warmup, cycle, per_report, -(-config.steps // config.num_envs))

@@ -143,15 +143,28 @@ def test_sequences_and_what_goes_back_belong_together():
 def test_sessions_without_an_answer_leave_everything_in_order(monkeypatch):
     monkeypatch.setitem(TEACHERS, "skip", TeacherConfig(skip=100.0))
     skipping = dataclasses.replace(SMALL, teacher="skip")
-    too_long = dataclasses.replace(SMALL, segment=12)  # no rollout of ten records has that
-    short = SampleSpec("latest", 40, 40, 40, length=0)
-    for sampling, config in ((LATEST, skipping), (short, too_long)):
-        report = run(sampling, config, 320, drift(shift=10.0))
+    too_long = dataclasses.replace(SMALL, segment=13)  # no episode has that many transitions
+    for config in (skipping, too_long):
+        report = run(LATEST, config, 320, drift(shift=10.0))
         assert float(report.metrics["preferences/labels"][0]) == 0
+        # All is worth the same as long as nobody has said anything.
+        assert float(report.metrics["preferences/reward"][0]) == 0.0
+        np.testing.assert_array_equal(seen_by_agent(report)["reward"], 0.0)
         state = report.learner.agent
         assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state.reward))
         # A session is not used up by there being nothing to ask.
         assert int(state.session[0]) == (4 if config is skipping else 0)
+
+
+def test_updates_that_read_less_than_a_segment_are_refused():
+    with pytest.raises(ValueError, match=r"preferences\.segment: got 20 .* 20 records.*--num-envs"):
+        run(LATEST, dataclasses.replace(SMALL, segment=20), 160)
+
+
+@pytest.mark.parametrize("query", ["uniform", "entropy", "k_center"])
+def test_every_kind_of_query_asks_as_much(query):
+    report = run(LATEST, dataclasses.replace(SMALL, query=query, updates=2), 480)
+    assert float(report.metrics["preferences/labels"][0]) == 60
 
 
 def answers(num: int) -> Any:

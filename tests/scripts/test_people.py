@@ -95,6 +95,15 @@ def test_a_run_that_does_not_wait_goes_on_without_answers_and_takes_them_later(t
     np.testing.assert_array_equal(agent.comparisons.rank[0, : asked - 1], [[0, 1]] * (asked - 1))
 
 
+def test_nothing_is_asked_twice_after_a_stop(tmp_path):
+    out = tmp_path / "run"
+    assert train(out, "--steps", "128", "--no-wait-for-labels") == 0
+    assert train(out, "--steps", "256", "--no-wait-for-labels", "--override-config") == 0
+    store = ComparisonStore.open(out / COMPARISONS)
+    asked = [store.read_query(query).segments.obs.tobytes() for query in store.queries()]
+    assert len(asked) == len(set(asked)) >= 3
+
+
 def test_what_is_answered_changes_the_reward(tmp_path):
     states = []
     for flipped in (False, True):
