@@ -46,6 +46,11 @@ class Target(NamedTuple):
     every_seed: bool = False
 
 
+_PENDULUM_LABELS = "--preferences.labels 200 --eval-env Pendulum-v1".split()
+_PETS_LABELS = (
+    "--preferences.labels 100 --preferences.sessions 8 --preferences.ask-every 400 "
+    "--preferences.segment 25"
+).split()
 TARGETS = {
     ("pets", "Pendulum-v1", 1_000): Target(-250.0),
     ("pets", "Pendulum-v1", 2_000): Target(-180.0),
@@ -71,26 +76,8 @@ TARGETS = {
         0.0, every_seed=True
     ),
     ("ppo", "device/CartPole", 100_000, "--eval-env", "CartPole-v1"): Target(475.0),
-    (
-        "ppo",
-        "device/Pendulum",
-        50_000,
-        "--preferences.labels",
-        "200",
-        "--eval-env",
-        "Pendulum-v1",
-    ): Target(-200.0, every_seed=True),
-    (
-        "pets",
-        "Pendulum-v1",
-        4_000,
-        "--preferences.labels",
-        "100",
-        "--preferences.sessions",
-        "8",
-        "--preferences.ask-every",
-        "400",
-    ): Target(-250.0),
+    ("ppo", "device/Pendulum", 50_000, *_PENDULUM_LABELS): Target(-200.0, every_seed=True),
+    ("pets", "Pendulum-v1", 4_000, *_PETS_LABELS): Target(-250.0),
 }
 """By agent, environment, steps per seed, and the flags that differ from the preset."""
 
