@@ -89,6 +89,5 @@ def make(constants: CartPoleParams = DEFAULT, fixed: int | None = None) -> MDP:
     high = np.array([2 * constants.max_position, np.inf, 2 * constants.max_angle, np.inf])
     spec = EnvSpec("device/CartPole", box(-high, high), Discrete(2), max_episode_steps=500)
     if fixed:
-        anywhere = box(-np.inf, np.inf, (4,))
-        spec = EnvSpec("device/CartPoleFixed", anywhere, Discrete(2), max_episode_steps=fixed)
+        spec = spec._replace(id="device/CartPoleFixed", max_episode_steps=fixed)
     return MDP(init, step, observe, spec)

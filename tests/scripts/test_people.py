@@ -108,11 +108,12 @@ def test_what_is_answered_changes_the_reward(tmp_path):
     states = []
     for flipped in (False, True):
         out = tmp_path / f"run-{flipped}"
-        assert train(out, "--steps", "64", "--no-wait-for-labels") == 0
+        assert train(out, "--steps", "128", "--no-wait-for-labels") == 0
         store = ComparisonStore.open(out / COMPARISONS)
+        assert store.pending()
         for query in store.pending():
             store.add_label(query, [1, 0] if flipped else [0, 1])
-        assert train(out, "--steps", "192", "--no-wait-for-labels", "--override-config") == 0
+        assert train(out, "--steps", "256", "--no-wait-for-labels", "--override-config") == 0
         states.append(learner(out).agent.reward.weights)
     first, second = (np.concatenate([x.ravel() for x in _leaves(s)]) for s in states)
     assert (first != second).any()
