@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -97,8 +98,13 @@ def test_a_run_that_does_not_wait_goes_on_without_answers_and_takes_them_later(t
 
 def test_nothing_is_asked_twice_after_a_stop(tmp_path):
     out = tmp_path / "run"
-    assert train(out, "--steps", "128", "--no-wait-for-labels") == 0
-    assert train(out, "--steps", "256", "--no-wait-for-labels", "--override-config") == 0
+    often = ["--save-every", "64", "--no-wait-for-labels"]
+    assert train(out, "--steps", "128", *often) == 0
+    # As if it had been killed right after the save in which the first questions were asked.
+    saves = sorted((out / "checkpoints").glob("step_*"))
+    assert [save.name for save in saves] == ["step_000000064", "step_000000128"]
+    shutil.rmtree(saves[-1])
+    assert train(out, "--steps", "256", *often, "--override-config") == 0
     store = ComparisonStore.open(out / COMPARISONS)
     asked = [store.read_query(query).segments.obs.tobytes() for query in store.queries()]
     assert len(asked) == len(set(asked)) >= 3
