@@ -102,6 +102,8 @@ class PPOState(NamedTuple):
     """Everything PPO learns."""
 
     params: Params
+    start: Params
+    """The first weights, to tell how far the policy has come."""
     opt_state: optax.OptState
     obs: Moments
     """Of the numbers that are observed."""
@@ -149,7 +151,8 @@ def make_ppo(spec: EnvSpec, config: PPOConfig = PPOConfig()) -> Agent:
         example = prepare(spec.observation, spaces.zeros(spec.observation, (1,)), moments[0])
         first = jnp.ones(1, bool)
         params = net.init(key, jnp.zeros((1, config.memory)), example, first)["params"]
-        return PPOState(params, optimizer.init(params), *moments)
+        start = jax.tree.map(jnp.copy, params)
+        return PPOState(params, start, optimizer.init(params), *moments)
 
     def begin(num_envs: int) -> Array:
         return jnp.zeros((num_envs, config.memory))
@@ -188,13 +191,15 @@ def make_ppo(spec: EnvSpec, config: PPOConfig = PPOConfig()) -> Agent:
         (params, opt_state, _), metrics = jax.lax.scan(learn, start, order)
         metrics = {name: x.mean() for name, x in metrics.items()} | {
             "policy/first_ratio": metrics["policy/ratio"][0],
+            "policy/kl_from_start": distance(spec, net, state.start, data),
             "value/explained": explained(data.value, data.target, data.weight),
         }
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.record.obs)
         seen = vector_of(spec.observation, rows)
         # Only now: the policy that has acted is the one that the update began with.
         moments = normalization.update(state.obs, seen, batch.valid.reshape(-1))
-        state = PPOState(params, opt_state, moments if config.normalize_obs else state.obs, units)
+        obs = moments if config.normalize_obs else state.obs
+        state = PPOState(params, state.start, opt_state, obs, units)
         counts = optim.skipped(cast(optim.FiniteState, opt_state), "policy")
         return state, metrics | counts, None
 
@@ -274,6 +279,16 @@ def ppo_loss(
         "value/loss": critic,
     }
     return actor + config.value_weight * critic - config.entropy * entropy, metrics
+
+
+def distance(spec: EnvSpec, net: ActorCritic, start: Params, data: Rollout) -> Array:
+    """Estimate the divergence per step, in nats, of the policy that acted from the first one.
+
+    A recurrent unit of the first weights begins each stretch with the memory of the newest.
+    """
+    outputs, _ = unroll(net, start, data.memory, data.obs, data.is_first)
+    log_prob = Policy(spec.action, outputs, plain=True).log_prob(data.sample)
+    return policy_change(log_prob, data.log_prob, data.weight)
 
 
 def _updates(config: PPOConfig) -> int:

@@ -103,6 +103,8 @@ class PreferencesState(NamedTuple):
     """Queries without an answer, for people; whoever drives the loop takes them away."""
     calls: Array
     session: Array
+    known: Array
+    """Answers that the heads have learned from."""
     agreement: Array
     """Of the heads with the newest answers, before they learned from them."""
 
@@ -147,7 +149,7 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
         pending = empty(example, asked if config.teacher == "people" else 1)
         return PreferencesState(
             agent.init(agent_key), reward._replace(offset=units[0], scale=units[1]),
-            optimizer.init(reward.weights), comparisons, pending, zero, zero, jnp.zeros(()),
+            optimizer.init(reward.weights), comparisons, pending, zero, zero, zero, jnp.zeros(()),
         )  # fmt: skip
 
     def act(state: PreferencesState, *args: Any) -> tuple[Any, Any, Any]:
@@ -172,11 +174,7 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
             return state._replace(pending=add(state.pending, pairs, unknown, keep)[0])
         scale = config.segment * jnp.sum(starts * successors(record).reward) / starts.sum()
         rank, answered = teach(TEACHERS[config.teacher], teach_key, pairs.reward, scale)
-        keep = keep & answered
-        agreement = accuracy(scores.mean(0)[rows], rank, keep)
-        comparisons, added = add(state.comparisons, pairs, rank, keep)
-        agreement = jnp.where(added > 0, agreement, state.agreement)
-        return state._replace(comparisons=comparisons, agreement=agreement)
+        return state._replace(comparisons=add(state.comparisons, pairs, rank, keep & answered)[0])
 
     def update(state: PreferencesState, batch: Batch, key: Key) -> tuple[Any, Metrics, Any]:
         ask_key, fit_key, agent_key = jax.random.split(key, 3)
@@ -184,6 +182,7 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
         due = (state.calls % calls_per_session == 0) & (state.session < config.sessions)
         due = due & (state.pending.size == 0)
         state = jax.lax.cond(due, ask, lambda state, *_: state, state, batch, ask_key)
+        state = meet(model, state)
         reward, opt_state, fitted = fit_reward(config, model, optimizer, state, fit_key)
         batch, metrics = relabel(config, model, reward, batch, agent.sampling.kind == "all")
         seen = _cut(batch, agent.sampling)
@@ -198,6 +197,15 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
         return state, learned | fitted | metrics, _aligned(feedback, batch)
 
     return Agent(init, agent.begin, act, update, sampling)
+
+
+def meet(model: RewardModel, state: PreferencesState) -> PreferencesState:
+    """Compare the heads with answers that they have not learned from, whoever gave them."""
+    answers = state.comparisons
+    fresh = filled(answers) & (jnp.arange(answers.rank.shape[0]) >= state.known)
+    foretold = segment_scores(score(model, state.reward, answers.segments)).mean(0)
+    agreement = jnp.where(fresh.any(), accuracy(foretold, answers.rank, fresh), state.agreement)
+    return state._replace(known=answers.size, agreement=agreement)
 
 
 def score(model: RewardModel, state: RewardState, segments: Transition) -> Array:

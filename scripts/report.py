@@ -1,6 +1,7 @@
 """`mbrl report`: learning curves and a table from the metrics of one or several runs.
 
-With `--dream`, what the latent model of one run predicts without looking (`scripts.dream`).
+With `--dream`, what the latent model of one run predicts without looking (`scripts.dream`); with
+`--preferences`, what a learned reward has led to (`scripts.overoptimization`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tyro
 
 from mbrl.training.evaluation import statistics
 from mbrl.training.run_directory import read_config
+from scripts import overoptimization
 from scripts.cli import parse, run
 from scripts.figures import COLOURS, STYLE
 
@@ -37,15 +39,17 @@ class ReportConfig:
 
     With --dream: play episodes with the trained agent, let its latent model predict them
     open loop, draw that beside the truth, and print its errors as one line of JSON.
+    With --preferences: draw the learned reward of one run beside the true one.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Run folders; each is one curve over all seeds found below it."""
-    out: str = ""  # PNG to write; curve.png or dream.png in the first run when empty
+    out: str = ""  # PNG to write; in the first run, named after what it shows, when empty
     labels: tuple[str, ...] = ()  # names of the runs; folder names when empty
     title: str = ""  # above the figure; the environment when the runs tell it
     window: int = 10  # training episodes in the moving average, at most a tenth of them
     json: bool = False  # print the table as one JSON object
+    preferences: bool = False  # learned and true reward of one run, and agreement with answers
     dream: bool = False  # open-loop predictions of one run: PNG, or GIF of images
     episodes: int = 10  # dream: episodes to play; the errors are means over them
     context: int = 0  # dream: records the model sees; 0 = 5, or half of shorter episodes
@@ -82,13 +86,15 @@ def main(argv: list[str]) -> int:
         )
     if config.window < 1:
         raise ValueError(f"--window: got {config.window}, expected at least 1")
+    if config.dream and config.preferences:
+        raise ValueError("--dream and --preferences: got both, expected one figure at a time")
     if config.dream:
         return _dream(config)
+    if config.preferences:
+        return _preferences(config)
     labels = config.labels or [Path(path).resolve().name for path in config.runs]
     runs = [load(Path(path), label) for path, label in zip(config.runs, labels, strict=True)]
-    out = Path(config.out or Path(config.runs[0]) / "curve.png")
-    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--out: got {out}, expected a name that ends in .png, .pdf or .svg")
+    out = _figure_file(config, "curve.png")
     draw(runs, out, config.title or _environment(config.runs), config.window)
     rows = [summarize(one) for one in runs]
     if config.json:
@@ -98,11 +104,31 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _figure_file(config: ReportConfig, name: str) -> Path:
+    out = Path(config.out or Path(config.runs[0]) / name)
+    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out: got {out}, expected a name that ends in .png, .pdf or .svg")
+    return out
+
+
+def _check_one_run(config: ReportConfig, flag: str) -> None:
+    if len(config.runs) != 1:
+        raise ValueError(f"RUN: got {len(config.runs)}, expected one run with {flag}")
+
+
+def _preferences(config: ReportConfig) -> int:
+    _check_one_run(config, "--preferences")
+    one = load(Path(config.runs[0]), "")
+    out = _figure_file(config, "preferences.png")
+    overoptimization.draw(one.series, out, config.title or _environment(config.runs))
+    print(f"figure: {out}")
+    return 0
+
+
 def _dream(config: ReportConfig) -> int:
     from scripts import dream  # builds agents and environments, which curves do without
 
-    if len(config.runs) != 1:
-        raise ValueError(f"RUN: got {len(config.runs)}, expected one run with --dream")
+    _check_one_run(config, "--dream")
     window = dream.Window(config.episodes, config.context, config.length, config.seed)
     print(json.dumps(dream.show(Path(config.runs[0]), config.out, window, config.title)))
     return 0

@@ -26,6 +26,7 @@ from mbrl.training.learner import DriverConfig, Report, updates_per_step
 from mbrl.training.metrics import MetricsWriter
 from mbrl.types import Record, TimeStep
 from scripts import config_json, runs
+from scripts.alarms import Alarms
 from scripts.cli import parse, run
 from scripts.people import People, exchange
 from scripts.progress import Progress
@@ -36,12 +37,6 @@ HARMLESS = {
 """Settings that may change on resume with --override-config."""
 
 EVALUATION = "evaluation.json"
-
-MAX_SKIPPED = 100
-"""Updates in a row with a gradient that is not finite, after which a run is stopped."""
-
-MAX_CLIPPED = 0.01
-"""Share of clipped targets above which a run says so, once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +193,8 @@ def _train(
 ) -> Trained:  # fmt: skip
     """Train from the newest save to the end, or until asked to stop."""
     step = saved = 0 if restored is None else restored.step
-    snapshot, report, clipped = None if restored is None else restored.tree, None, False
+    snapshot, report = None if restored is None else restored.tree, None
+    alarms = Alarms(out)
     ratio = updates_per_step(job.factory({}), config.num_envs)
     if ratio and data is None:
         print(f"{ratio:g} updates per environment step", file=sys.stderr)
@@ -214,8 +210,7 @@ def _train(
                 snapshot = report.snapshot()
                 log.sync()
                 saved = _save(out, step, snapshot, saved)
-            _stop_if_diverged(out, report)
-            clipped = clipped or _warn_if_clipped(report)
+            alarms.check(report)
         if report is not None and saved < step:  # the stop came late, or a save failed
             snapshot = report.snapshot()
             saved = _save(out, step, snapshot, saved)
@@ -259,33 +254,6 @@ def _save(out: Path, step: int, snapshot: Any, saved: int) -> int:
         print(f"warning: step {step} is not saved ({error}); trying again later", file=sys.stderr)
         return saved
     return step
-
-
-def _stop_if_diverged(out: Path, report: Report) -> None:
-    """Stop a run whose gradients have stayed non-finite, with what is known of it (F9)."""
-    for name, values in report.metrics.items():
-        if name.endswith("skipped_in_a_row") and np.max(values) >= MAX_SKIPPED:
-            known = {k: np.asarray(v).astype(str).tolist() for k, v in report.metrics.items()}
-            run_directory.write_json(out / "diagnostics.json", {"step": report.step, **known})
-            raise ValueError(
-                f"step {report.step}: the last {int(np.max(values))} updates had gradients that "
-                f"are not finite and were skipped; see {out / 'diagnostics.json'}; lower the "
-                "learning rate, or look for extreme values in the data"
-            )
-
-
-def _warn_if_clipped(report: Report) -> bool:
-    """Say that targets lie beyond the bins they are predicted with; returns whether they do."""
-    share = float(np.max(report.metrics.get("model/clipped_targets", 0.0)))
-    if share <= MAX_CLIPPED:
-        return False
-    print(
-        f"warning: step {report.step}: {share:.0%} of the targets of reward or value lie beyond "
-        "the largest that is told apart and are taken for it; raise --model.max-reward, or "
-        "--model.max-value where only returns are large",
-        file=sys.stderr,
-    )
-    return True
 
 
 def _is_evaluated(out: Path, env: str, step: int, episodes: int) -> bool:

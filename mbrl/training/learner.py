@@ -208,7 +208,7 @@ def per_call(sampling: SampleSpec, num_envs: int) -> SampleSpec:
     return sampling._replace(updates=sampling.updates * max(1, num_envs // sampling.every))
 
 
-COUNTS = ("skipped_updates", "skipped_in_a_row")
+COUNTS = ("skipped_updates", "skipped_in_a_row", "preferences/labels", "preferences/agreement")
 """Last words of metrics that count: their mean over an interval would mean nothing."""
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from agents.ppo import PPOConfig, make_ppo, ppo_loss, rollout_of
-from mbrl import normalization, replay, spaces
+from mbrl import normalization, policies, replay, spaces
 from mbrl.mdp import episodic, timestep, with_resets
 from mbrl.models.probabilistic import probabilistic_ensemble
 from mbrl.networks.actor_critic import ActorCritic, evaluate
 from mbrl.networks.observation import prepare
+from mbrl.policies import Policy
 from mbrl.training.device import run_device
 from mbrl.training.learner import (
     DriverConfig,
@@ -101,6 +102,30 @@ def test_the_first_ratio_of_every_update_is_one(name, memory):
     assert max(ratios) < 1e-5
     assert all(np.isfinite(value).all() for m in seen for value in m.values())
     assert max(float(m["policy/ratio"][0]) for m in seen if m) > 1e-3  # later ones are not
+
+
+def test_the_distance_from_the_first_policy_is_that_of_its_weights():
+    found = []
+    for updates in (0, 6):
+        learner, batch = rollout(TINY, updates)
+        spec, state = TASKS["reach"], learner.agent
+        _, metrics, _ = make_ppo(spec, TINY).update(state, batch, KEY)
+        found.append(float(metrics["policy/kl_from_start"]))
+        # Actions of the newest policy are as likely under the first weights as those make them.
+        seen = prepare(spec.observation, batch.record.obs.reshape(-1, 2), state.obs)
+        fixed = tuple(bool(x) for x in policies.deviations(spec.action))
+        net = ActorCritic(fixed, TINY.log_std, TINY.hidden, TINY.memory)
+        is_first = jnp.ones(seen.vector.shape[0], bool)
+        _, outputs, _ = evaluate(net, state.start, jnp.zeros((is_first.size, 0)), seen, is_first)
+        sample, old = (
+            batch.record.extras[k].reshape(is_first.size, -1) for k in ("sample", "log_prob")
+        )
+        log_ratio = Policy(spec.action, outputs, plain=True).log_prob(sample) - old[:, 0]
+        each = (jnp.expm1(log_ratio) - log_ratio).reshape(4, 8)[:, :-1]
+        counts = ~(batch.record.is_last[:, :-1] | batch.record.is_first[:, 1:])
+        np.testing.assert_allclose(found[-1], each[counts].mean(), rtol=1e-3, atol=1e-6)
+    assert abs(found[0]) < 1e-6
+    assert found[1] > 1e-3
 
 
 def test_a_rollout_is_what_one_state_of_the_agent_has_done():

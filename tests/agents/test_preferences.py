@@ -17,6 +17,7 @@ from agents.preferences import (
     PreferencesConfig,
     PreferencesState,
     fit_reward,
+    meet,
     relabel,
     score,
     with_preferences,
@@ -188,7 +189,15 @@ def fitted(config: PreferencesConfig) -> Any:
     optimizer = optim.apply_if_finite_counted(optax.adamw(3e-3))
     labelled, zero = answers(50), jnp.zeros((), int)
     whole = PreferencesState(
-        (), state, optimizer.init(state.weights), labelled, labelled, zero, zero, jnp.zeros(())
+        (),
+        state,
+        optimizer.init(state.weights),
+        labelled,
+        labelled,
+        zero,
+        zero,
+        zero,
+        jnp.zeros(()),
     )
     reward, _, metrics = fit_reward(config, model, optimizer, whole, jax.random.key(1))
     return model, reward, whole.comparisons, metrics
@@ -209,6 +218,25 @@ def test_every_head_has_mean_zero_and_deviation_one_over_what_was_labelled():
     # The likelihood is that of the networks themselves: units are not learned against.
     raw = np.asarray(score(model, reward, comparisons.segments))[:, known]
     assert (np.abs(raw.std((1, 2, 3)) - 1.0) > 1e-3).all()
+
+
+def test_agreement_is_with_answers_that_nothing_was_learned_from():
+    config = dataclasses.replace(SMALL, updates=300)
+    model, reward, comparisons, _ = fitted(config)
+    zero, nothing = jnp.zeros((), int), jnp.zeros(())
+    state = PreferencesState((), reward, (), comparisons, comparisons, zero, zero, zero, nothing)
+    assert float(meet(model, state).agreement) > 0.9  # all are new
+    known = state._replace(known=comparisons.size, agreement=jnp.asarray(0.3))
+    assert float(meet(model, known).agreement) == np.float32(0.3)  # none is
+    # Five answers that contradict all that was said before.
+    rows = jax.tree.map(lambda x: x[:5], comparisons.segments)
+    more, _ = add(comparisons, rows, 1 - comparisons.rank[:5], jnp.ones(5, bool))
+    met = meet(model, known._replace(comparisons=more))
+    assert float(met.agreement) < 0.3
+    assert int(met.known) == 55
+    # People take answers back: those that remain are not new.
+    fewer = meet(model, met._replace(comparisons=comparisons, agreement=jnp.asarray(0.7)))
+    assert (int(fewer.known), float(fewer.agreement)) == (50, np.float32(0.7))
 
 
 def test_what_is_learned_depends_on_the_step_alone_and_pessimism_costs_its_spread():

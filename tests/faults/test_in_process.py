@@ -15,7 +15,7 @@ import pytest
 
 from mbrl.training import checkpoint, run_directory, save_files
 from mbrl.training.metrics import read
-from scripts import runs
+from scripts import alarms, runs
 from scripts import train as job
 from tests.faults import tasks
 from tests.faults.commands import copied, digest, saves, train
@@ -193,7 +193,7 @@ def test_f8_a_bad_number_is_dropped_on_request(kind, fault, tmp_path):
 
 def test_f9_a_run_that_only_skips_updates_is_stopped(tmp_path, capsys, monkeypatch):
     # The first step of such a size throws the weights so far that every later loss overflows.
-    monkeypatch.setattr(job, "MAX_SKIPPED", 30)
+    monkeypatch.setattr(alarms, "MAX_SKIPPED", 30)
     out = tmp_path / "run"
     assert train(out, "--learning-rate", "1e30") == 2
     text = capsys.readouterr().err

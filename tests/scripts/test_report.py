@@ -172,3 +172,46 @@ def test_bad_input(
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def preference_rows(step: int, seed: int, **more: float) -> dict[str, Any]:
+    names = ("reward", "true_reward", "agreement", "accuracy", "correlation")
+    found = {f"preferences/{name}": step / 100 - seed for name in names}
+    return {"step": step, "kind": "train", "seed": seed, "time": 0.1, **found, **more}
+
+
+def test_learned_and_true_reward_over_the_distance_from_the_first_policy(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+
+    def spy(axes: Any, x: Any, y: Any, **style: Any) -> Any:
+        drawn.append((np.asarray(x), np.asarray(y)))
+        return plot(axes, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    rows = [
+        preference_rows(step, seed, **{"policy/kl_from_start": step**2 / 100})
+        for seed in (0, 1)
+        for step in (0, 10, 20)
+    ]
+    out = tmp_path / "x.png"
+    argv = [str(write(tmp_path, *rows)), "--preferences", "--out", str(out)]
+    assert report.main(argv) == 0
+    assert out.stat().st_size > 10_000
+    x, y = drawn[1]
+    np.testing.assert_allclose(x, [0, 1, 2])  # roots of the divergence
+    np.testing.assert_allclose(y, [-1, -0.9, -0.8])  # the learned reward of the second seed
+    assert len(drawn) == 2 * 5
+
+
+def test_agents_without_a_distance_are_drawn_over_steps(tmp_path):
+    write(tmp_path, preference_rows(0, 0), preference_rows(10, 0))
+    assert report.main([str(tmp_path), "--preferences"]) == 0
+    assert (tmp_path / "preferences.png").stat().st_size > 10_000
+
+
+def test_preferences_of_a_run_without_any(tmp_path):
+    write(tmp_path, episode(1, 2.0))
+    with pytest.raises(ValueError, match=r"expected a run that learned its reward"):
+        report.main([str(tmp_path), "--preferences"])

@@ -1,0 +1,93 @@
+"""What `mbrl train` says, or stops for, when the metrics of a run tell of trouble."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mbrl.preferences.monitor import Session, overoptimized
+from mbrl.training import run_directory
+from mbrl.training.learner import Report
+
+MAX_SKIPPED = 100
+"""Updates in a row with a gradient that is not finite, after which a run is stopped."""
+
+MAX_CLIPPED = 0.01
+"""Share of clipped targets above which a run says so, once."""
+
+
+class Alarms:
+    """Reads the metrics of a run as they come; each warning is given once."""
+
+    def __init__(self, out: Path) -> None:
+        """Begin; `out` is the folder of the run."""
+        self._out = out
+        self._clipped = self._overoptimized = False
+        self._sessions: dict[int, list[Session]] = {}
+        self._labels: dict[int, int] = {}
+
+    def check(self, report: Report) -> None:
+        """Look at the newest metrics.
+
+        Raises:
+          ValueError: where gradients have stayed non-finite; training on is pointless.
+        """
+        if not report.metrics:
+            return
+        self._stop_if_diverged(report)
+        self._warn_if_clipped(report)
+        if "preferences/agreement" in report.metrics:
+            self._warn_if_overoptimized(report)
+
+    def _stop_if_diverged(self, report: Report) -> None:
+        """Stop a run whose gradients have stayed non-finite, with what is known of it (F9)."""
+        for name, values in report.metrics.items():
+            if name.endswith("skipped_in_a_row") and np.max(values) >= MAX_SKIPPED:
+                known = {k: np.asarray(v).astype(str).tolist() for k, v in report.metrics.items()}
+                file = self._out / "diagnostics.json"
+                run_directory.write_json(file, {"step": report.step, **known})
+                raise ValueError(
+                    f"step {report.step}: the last {int(np.max(values))} updates had gradients "
+                    f"that are not finite and were skipped; see {file}; lower the learning rate, "
+                    "or look for extreme values in the data"
+                )
+
+    def _warn_if_clipped(self, report: Report) -> None:
+        """Say that targets lie beyond the bins they are predicted with."""
+        share = float(np.max(report.metrics.get("model/clipped_targets", 0.0)))
+        if share <= MAX_CLIPPED or self._clipped:
+            return
+        self._clipped = True
+        print(
+            f"warning: step {report.step}: {share:.0%} of the targets of reward or value lie "
+            "beyond the largest that is told apart and are taken for it; raise --model.max-reward, "
+            "or --model.max-value where only returns are large",
+            file=sys.stderr,
+        )
+
+    def _warn_if_overoptimized(self, report: Report) -> None:
+        """Say that the learned reward rises while people or teachers disagree with it more."""
+        names = ("labels", "reward", "agreement")
+        found = [np.asarray(report.metrics[f"preferences/{name}"]) for name in names]
+        for seed, (labels, reward, agreement) in enumerate(zip(*found, strict=True)):
+            new = int(labels) - self._labels.get(seed, 0)
+            if new <= 0:
+                continue
+            self._labels[seed] = int(labels)
+            sessions = self._sessions.setdefault(seed, [])
+            sessions.append(Session(new, float(reward), float(agreement)))
+            changed = overoptimized(sessions)
+            if changed is None or self._overoptimized:
+                continue
+            self._overoptimized = True
+            before, now = changed.agreement
+            print(
+                f"warning: step {report.step}: the learned reward rises from "
+                f"{changed.reward[0]:.2f} to {changed.reward[1]:.2f}, but its agreement with fresh "
+                f"answers falls from {before:.0%} to {now:.0%}: the agent may exploit its faults; "
+                "ask for more labels, or set --preferences.penalty 1.0; see mbrl report "
+                f"{self._out} --preferences",
+                file=sys.stderr,
+            )

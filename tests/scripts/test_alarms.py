@@ -1,0 +1,46 @@
+"""What the metrics of a run are taken for signs of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbrl.training.learner import Report
+from scripts.alarms import Alarms
+
+
+def report(step: int, **metrics: Any) -> Report:
+    nothing: Any = None
+    found = {f"preferences/{name}": np.asarray(x, float) for name, x in metrics.items()}
+    return Report(step, nothing, found, nothing, lambda: None)
+
+
+def test_a_reward_that_is_exploited_is_told_once(tmp_path: Path, capsys):
+    alarms = Alarms(tmp_path)
+    for step in range(12):
+        # The first seed is in order; answers of the second turn against its reward.
+        agreement = [0.8, 0.9 if step < 5 else 0.4]
+        alarms.check(
+            report(step, labels=[20 * step + 20] * 2, reward=[step] * 2, agreement=agreement)
+        )
+    text = capsys.readouterr().err
+    assert text.count("warning") == 1
+    assert "falls from 90% to" in text
+    assert f"mbrl report {tmp_path} --preferences" in text
+
+
+def test_a_session_counts_once_however_often_it_is_reported(tmp_path: Path, capsys):
+    alarms = Alarms(tmp_path)
+    for step in range(40):
+        alarms.check(report(step, labels=[100], reward=[step], agreement=[0.9 - 0.02 * step]))
+    assert capsys.readouterr().err == ""
+
+
+def test_runs_without_preferences_and_before_the_first_update(tmp_path: Path, capsys):
+    alarms = Alarms(tmp_path)
+    alarms.check(report(1))
+    nothing: Any = None
+    alarms.check(Report(2, nothing, {"model/loss": np.ones(1)}, nothing, lambda: None))
+    assert capsys.readouterr().err == ""
