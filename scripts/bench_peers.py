@@ -1,12 +1,13 @@
-"""Measure one planning step beside that of mbrl-lib, in turns, on this machine.
+"""Measure this library beside others, in turns, on the CPU of this machine.
 
-  python scripts/bench_peers.py --python PEER/bin/python --out FILE.json
+  python scripts/bench_peers.py planning --python PEER/bin/python --out FILE.json
   python scripts/results.py bench FILE.json --out docs/results/planning.jsonl
   python scripts/benchmarks_page.py
 
-PEER is an environment with mbrl-lib, which shares its import name with this library:
-`scripts/peers/mbrl_lib.py` says how to make one. Both sides plan on the CPU, float32, in the
-two cases of `mbrl bench planning`, with the GEMM rate taken before and after each.
+`planning` is one planning step beside that of mbrl-lib, in the two cases of `mbrl bench planning`;
+`ppo` a training run on CartPole beside that of Stable-Baselines3, which steps its environments on
+the host. PEER is an environment of the other library alone (mbrl-lib shares its import name with
+this one): the scripts in `scripts/peers/` say how to make one.
 """
 
 from __future__ import annotations
@@ -17,35 +18,53 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 if __name__ == "__main__":  # run as a file: imports start at the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import jax
+import tyro
 
 from agents.pets import PETSConfig
 from mbrl.planning import PlannerConfig
 from scripts import bench
 from scripts import bench_planning as planning
+from scripts import bench_ppo as ppo
 from scripts.cli import parse, run
 from scripts.timing import gemm_rate
 
-PEER = Path(__file__).resolve().parent / "peers" / "mbrl_lib.py"
-FIX = "make an environment with the commands at the top of scripts/peers/mbrl_lib.py"
 Case = dict[str, Any]
+
+
+class Peer(NamedTuple):
+    """Another library: its name, and the script below `scripts/peers/` that times it."""
+
+    name: str
+    script: str
+
+
+PEERS = {
+    "planning": Peer("mbrl-lib", "mbrl_lib.py"),
+    "ppo": Peer("Stable-Baselines3", "sb3.py"),
+}
+FOLDER = Path(__file__).resolve().parent / "peers"
 
 
 @dataclasses.dataclass(frozen=True)
 class PeersConfig:
-    """Measure one planning step beside that of mbrl-lib and write JSON."""
+    """Measure this library beside another and write JSON."""
 
+    what: tyro.conf.Positional[Literal["planning", "ppo"]]
+    """planning: one planning step beside mbrl-lib; ppo: a training run beside
+    Stable-Baselines3."""
     python: str
-    """Python of an environment with mbrl-lib."""
+    """Python of an environment with the other library."""
     out: str
     """File for the JSON."""
     repeats: int = 20
-    """Warm calls per case and side, of which the median and the fastest are reported."""
+    """planning: warm calls per case and side, of which the median and the fastest are
+    reported; ppo: runs per side, of which the fastest counts."""
     quick: bool = False
     """Tiny sizes, to see that everything runs; the figures mean nothing."""
 
@@ -57,8 +76,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--repeats: got {config.repeats}, expected at least 1")
     if jax.default_backend() != "cpu":
         raise ValueError(
-            f"jax: got the backend {jax.default_backend()!r}, expected 'cpu', where mbrl-lib "
-            "runs here; set JAX_PLATFORMS=cpu"
+            f"jax: got the backend {jax.default_backend()!r}, expected 'cpu', where "
+            f"{PEERS[config.what].name} runs here; set JAX_PLATFORMS=cpu"
         )
     if not config.quick:  # a program read from the disk compiles in no time
         jax.config.update("jax_enable_compilation_cache", False)
@@ -77,26 +96,61 @@ def measure(config: PeersConfig) -> dict[str, Any]:
       config: settings of the job.
 
     Returns:
-      What `mbrl bench planning` returns without its parts, and the part `peers`, which
+      What `mbrl bench` returns without its parts, and the part `peers`, which
       `scripts/results.py bench` takes.
 
     Raises:
-      ValueError: when mbrl-lib cannot be run, before anything is measured.
+      ValueError: when the other library cannot be run, before anything is measured.
     """
-    peer_versions = ask(config.python, ["--check"])["versions"]
-    sizes = planning.quick_sizes() if config.quick else planning.Sizes()
+    peer = PEERS[config.what]
+    peer_versions = ask(config.python, peer, ["--check"])["versions"]
+    module, case = {"planning": (planning, peers), "ppo": (ppo, ppo_peers)}[config.what]
+    sizes: Any = module.quick_sizes() if config.quick else module.Sizes()
     result = bench.report(
-        bench.BenchConfig("planning", config.repeats, quick=config.quick),
-        {"peers": lambda: peers(config, sizes)},
-        planning.COUNTED,
+        bench.BenchConfig(config.what, config.repeats, quick=config.quick),
+        {"peers": lambda: case(config, sizes)},
+        module.COUNTED,
     )
-    # Where the environment of mbrl-lib lies is nobody's business.
+    # Where the environment of the other library lies is nobody's business.
     result["command"] = (
-        "python scripts/bench_peers.py --python PEER/bin/python --out FILE.json "
+        f"python scripts/bench_peers.py {config.what} --python PEER/bin/python --out FILE.json "
         f"--repeats {config.repeats}"
     )
     result["versions"] |= peer_versions
     return result
+
+
+def ppo_peers(config: PeersConfig, sizes: ppo.Sizes) -> Case:
+    """Measure a training run of PPO, ours and that of Stable-Baselines3 in turns.
+
+    Args:
+      config: the Python of the peer, and how many runs.
+      sizes: of the runs.
+
+    Returns:
+      `ours` (see `bench_ppo.train_case`) and `sb3` with the seconds of its fastest run, by one
+      thread or two, whichever it was, and how many times faster ours is: `times_faster` when
+      all is compiled, `times_faster_in_all` with compilation.
+    """
+    ours, theirs = [], []
+    for number in range(config.repeats):
+        print(f"measuring run {number + 1} of {config.repeats}, this library", file=sys.stderr)
+        ours.append(ppo.train_case(sizes, 1, 1))
+        for threads in (1, 2):
+            print(f"measuring Stable-Baselines3, threads {threads}", file=sys.stderr)
+            flags = [f"--steps={sizes.steps}", f"--threads={threads}"]
+            theirs.append(ask(config.python, PEERS["ppo"], flags))
+            del theirs[-1]["versions"]  # those of the whole comparison
+    best = {
+        name: min(case[f"{name}_seconds"] for case in ours) for name in ("first", "warm")
+    }  # fmt: skip
+    fastest = min(theirs, key=lambda case: case["seconds"])
+    return {
+        "ours": ours[0] | {f"{name}_seconds": seconds for name, seconds in best.items()},
+        "sb3": fastest | {"runs": theirs},
+        "times_faster": fastest["seconds"] / best["warm"],
+        "times_faster_in_all": fastest["seconds"] / best["first"],
+    }
 
 
 def peers(config: PeersConfig, sizes: planning.Sizes) -> dict[str, Case]:
@@ -147,7 +201,9 @@ def peer_case(config: PeersConfig, sizes: planning.Sizes, ours: Case, plan: Plan
         "layers": len(sizes.hidden), "width": sizes.hidden[0],
     }  # fmt: skip
     before = gemm_rate(sizes.gemm)
-    answer = ask(config.python, [f"--{name}={value}" for name, value in flags.items()])
+    answer = ask(
+        config.python, PEERS["planning"], [f"--{name}={value}" for name, value in flags.items()]
+    )
     after = gemm_rate(sizes.gemm)
     if answer.pop("elites") != plan.elites:
         raise ValueError(f"mbrl-lib rounds {plan.elites} elites of {plan.population} differently")
@@ -161,41 +217,43 @@ def peer_case(config: PeersConfig, sizes: planning.Sizes, ours: Case, plan: Plan
     }
 
 
-def ask(python: str, flags: Sequence[str]) -> dict[str, Any]:
-    """Run the script of the peer in its environment and read its answer.
+def ask(python: str, peer: Peer, flags: Sequence[str]) -> dict[str, Any]:
+    """Run the script of a peer in its environment and read its answer.
 
     Args:
       python: interpreter of that environment.
-      flags: arguments of `scripts/peers/mbrl_lib.py`.
+      peer: the other library.
+      flags: arguments of its script.
 
     Returns:
       The JSON object that it printed.
 
     Raises:
-      ValueError: when there is no such interpreter, mbrl-lib is not installed there, or
+      ValueError: when there is no such interpreter, the library is not installed there, or
         it failed.
     """
-    # Isolated: with PYTHONPATH or the working folder, the peer might import our `mbrl`.
-    command = [python, "-I", str(PEER), *flags]
+    # Isolated: with PYTHONPATH or the working folder, mbrl-lib might import our `mbrl`.
+    command = [python, "-I", str(FOLDER / peer.script), *flags]
+    script = f"scripts/peers/{peer.script}"
+    expected = f"expected the Python of an environment with {peer.name}"
+    fix = f"make an environment with the commands at the top of {script}"
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise ValueError(
-            f"--python: got {python!r}, which cannot be run ({error.strerror}), expected the "
-            f"Python of an environment with mbrl-lib; {FIX}"
+            f"--python: got {python!r}, which cannot be run ({error.strerror}), {expected}; {fix}"
         ) from error
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ValueError(
-            f"--python: got {python!r}, where the measurement failed ({last}), expected the "
-            f"Python of an environment with mbrl-lib; {FIX}"
+            f"--python: got {python!r}, where the measurement failed ({last}), {expected}; {fix}"
         )
     try:
         return json.loads(done.stdout)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"--python: got {python!r}, which printed {done.stdout[:60]!r}, expected JSON of "
-            f"scripts/peers/mbrl_lib.py; {FIX}"
+            f"{script}; {fix}"
         ) from error
 
 

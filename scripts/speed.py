@@ -48,7 +48,8 @@ def speed(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         "search": _searches, "reanalysis": _reanalysis, "train": _training,
         "update": _muzero_update,
     }  # fmt: skip
-    parts = {"dreamer": dreamer, "muzero": muzero}.get(measured["benchmark"], planning)
+    ppo = {"train": _ppo_training, "seeds": _ppo_seeds, "peers": _ppo_peers}
+    parts = {"dreamer": dreamer, "muzero": muzero, "ppo": ppo}.get(measured["benchmark"], planning)
     rows = [
         {"task": task, "setting": setting + pinned, "metric": metric, "value": value,
          "target": target}
@@ -181,3 +182,26 @@ def _muzero_update(case: Mapping[str, Any]) -> Iterable[Line]:
     yield task, setting, "seconds", case["median_seconds"], None
     yield task, setting, "GFLOP", case["gflop"], None
     yield task, setting, "share of the f32 GEMM rate", case["share_of_gemm"], None
+
+
+def _ppo_training(case: Mapping[str, Any]) -> Iterable[Line]:
+    task, setting = f"PPO training, {case['task']}", f"{case['steps']:,} steps, 1 seed"
+    yield task, setting, "seconds with compilation", case["first_seconds"], None
+    yield task, setting, "seconds when compiled", case["warm_seconds"], None
+
+
+def _ppo_seeds(case: Mapping[str, Any]) -> Iterable[Line]:
+    task, setting = f"PPO training, {case['task']}", f"{case['seeds']} seeds in one program"
+    yield task, setting, "time relative to one seed", case["ratio"], "<= 2"
+
+
+def _ppo_peers(case: Mapping[str, Any]) -> Iterable[Line]:
+    ours, theirs = case["ours"], case["sb3"]
+    task, setting = "PPO training, CartPole", f"{ours['steps']:,} steps, 1 seed"
+    by = f"{setting}, by Stable-Baselines3 on the host"
+    yield task, by, "seconds", theirs["seconds"], None
+    yield task, by, "return afterwards", theirs["return"], None
+    beside = f"{setting}, in turns with Stable-Baselines3"
+    name = "times faster than Stable-Baselines3"
+    yield task, beside, f"{name} when compiled", case["times_faster"], ">= 20"
+    yield task, beside, f"{name} with compilation", case["times_faster_in_all"], ">= 5"

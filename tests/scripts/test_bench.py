@@ -154,6 +154,25 @@ def test_training_of_muzero_is_measured(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
+def test_training_of_ppo_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "ppo.json"
+    assert bench.main(["ppo", "--quick", "--repeats", "1", "--out", str(file)]) == 0
+    found = json.loads(file.read_text("utf-8"))
+    assert (found["train"]["seeds"], found["seeds"]["seeds"]) == (1, 2)
+    for case in (found["train"], found["seeds"]):
+        assert 0 < case["warm_seconds"] < case["first_seconds"]
+    one, many = found["seeds"]["one"], found["seeds"]
+    assert many["ratio"] == pytest.approx(many["warm_seconds"] / one["warm_seconds"])
+    rows = results.speed(found | {"quick": False})
+    targets = {row["metric"]: row["target"] for row in rows}
+    assert targets == {
+        "seconds with compilation": None,
+        "seconds when compiled": None,
+        "time relative to one seed": "<= 2",
+    }
+
+
 def test_the_network_of_a_search_alone_does_the_same_work() -> None:
     config = MuZeroConfig(simulations=4, model=ValueEquivalentConfig(8, 8))
     for method in ("gumbel", "puct"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import jax
 import pytest
 
-from scripts import bench_peers, bench_planning, benchmarks_page, results
+from agents.presets import preset
+from scripts import bench_peers, bench_planning, bench_ppo, benchmarks_page, results
 from scripts.cli import run
 from scripts.peers import mbrl_lib
 
@@ -49,7 +51,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     folder = tmp_path_factory.mktemp("peers")
     python, log = fake_peer(folder)
     out = folder / "new" / "peers.json"
-    argv = ["--python", python, "--out", str(out), "--repeats", "3", "--quick"]
+    argv = ["planning", "--python", python, "--out", str(out), "--repeats", "3", "--quick"]
     assert bench_peers.main(argv) == 0
     calls = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     return json.loads(out.read_text("utf-8")), calls
@@ -59,7 +61,7 @@ def test_the_sides_take_turns_at_the_same_work(measured: Any) -> None:
     result, calls = measured
     assert list(result["peers"]) == ["a", "b"]
     # First whether there is a peer at all; always away from our own `mbrl`.
-    assert [flags[:2] for flags in calls] == [["-I", str(bench_peers.PEER)]] * 3
+    assert [flags[:2] for flags in calls] == [["-I", str(bench_peers.FOLDER / "mbrl_lib.py")]] * 3
     assert calls[0][2:] == ["--check"]
     sizes = bench_planning.quick_sizes()
     for flags, side in zip(calls[1:], "ab", strict=True):
@@ -122,7 +124,7 @@ def test_what_cannot_be_compared_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(python: str, *more: str) -> str:
-        argv = ["--python", python, "--out", str(tmp_path / "x.json"), "--quick", *more]
+        argv = ["planning", "--python", python, "--out", str(tmp_path / "x.json"), "--quick", *more]
         assert run(bench_peers.main, argv) == 2
         (line,) = capsys.readouterr().err.splitlines()[-1:]
         assert not (tmp_path / "x.json").exists()
@@ -147,7 +149,56 @@ def test_what_cannot_be_compared_is_refused(
 def test_another_number_of_elites_is_refused(tmp_path: Path) -> None:
     python, _ = fake_peer(tmp_path, elites=3)
     sizes = bench_planning.quick_sizes()
-    config = bench_peers.PeersConfig(python, "", 1)
+    config = bench_peers.PeersConfig("planning", python, "", 1)
     ours = {"obs": 3, "act": 1, "members": 5, "gflop": 1.0}
     with pytest.raises(ValueError, match="elites"):
         bench_peers.peer_case(config, sizes, ours, sizes.small)
+
+
+def test_training_beside_stable_baselines3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, out = tmp_path / "log", tmp_path / "x.json"
+    text = f"""#!{sys.executable}
+import json, sys
+with open({str(log)!r}, "a") as log:
+    print(json.dumps(sys.argv[1:]), file=log)
+answer = {{"versions": {{"stable-baselines3": "2.9.2"}}}}
+if "--check" not in sys.argv:
+    answer |= {{"seconds": 40.0 if "--threads=2" in sys.argv else 30.0, "return": 500.0}}
+print(json.dumps(answer))
+"""
+    python = script(tmp_path / "python", text)
+    seconds = iter([(9.0, 1.5), (6.0, 2.0)])
+
+    def trained(sizes: bench_ppo.Sizes, seeds: int, repeats: int) -> dict[str, Any]:
+        assert (seeds, repeats) == (1, 1)
+        first, warm = next(seconds)
+        return {"steps": sizes.steps, "first_seconds": first, "warm_seconds": warm}
+
+    monkeypatch.setattr(bench_ppo, "train_case", trained)
+    argv = ["ppo", "--python", python, "--out", str(out), "--repeats", "2", "--quick"]
+    assert bench_peers.main(argv) == 0
+    calls = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    assert calls[0][1:] == [str(bench_peers.FOLDER / "sb3.py"), "--check"]
+    steps = f"--steps={bench_ppo.quick_sizes().steps}"
+    assert [call[2:] for call in calls[1:]] == [
+        [steps, f"--threads={n}"] for n in (1, 2, 1, 2)
+    ]  # fmt: skip
+    result = json.loads(out.read_text("utf-8"))
+    assert result["versions"]["stable-baselines3"] == "2.9.2"
+    # The fastest of each: 30 seconds beside 1.5 and 6.
+    assert result["peers"]["times_faster"] == 20.0
+    assert result["peers"]["times_faster_in_all"] == 5.0
+    rows = results.speed(result | {"quick": False})
+    targets = [(row["value"], row["target"]) for row in rows if row["target"]]
+    assert targets == [(20.0, ">= 20"), (5.0, ">= 5")]
+
+
+def test_settings_of_stable_baselines3_are_those_of_the_preset() -> None:
+    source = (bench_peers.FOLDER / "sb3.py").read_text("utf-8")
+    config = preset("ppo", "CartPole-v1")
+    given = {name: float(value) for name, value in re.findall(r"(\w+)=([\d.]+)[,)]", source)}
+    assert given["n_steps"] * bench_ppo.NUM_ENVS == given["batch_size"] == config.rollout
+    assert given["n_epochs"] == config.epochs
+    assert (given["gamma"], given["gae_lambda"]) == (config.discount, config.trace)
+    assert given["ent_coef"] == config.entropy
+    assert f"learning_rate=falling({config.learning_rate:.0e}".replace("e-03", "e-3") in source
