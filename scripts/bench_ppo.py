@@ -80,7 +80,6 @@ def seeds_case(sizes: Sizes, repeats: int) -> dict[str, Any]:
 
 
 def _train(sizes: Sizes, seeds: int) -> tuple[float, float]:
-    jax.clear_caches()
     env: Any = envs.make(TASK, NUM_ENVS)
     config = preset("ppo", TASK)
     driver = DriverConfig(
