@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mbrl import optim, spaces
+from mbrl import normalization, optim, spaces
 from mbrl.losses.preference import pair_nll, segment_scores
 from mbrl.models.reward import RewardModel, RewardState, reward_model
+from mbrl.normalization import Moments
+from mbrl.preferences.ahead import aligned, cut, longer
 from mbrl.preferences.comparisons import Comparisons, add, empty, filled
 from mbrl.preferences.evaluation import accuracy, reward_correlation
 from mbrl.preferences.queries import QueryKind, ScheduleKind, schedule, select
 from mbrl.preferences.segments import draw, streams, successors
-from mbrl.preferences.teachers import TEACHERS, teach
+from mbrl.preferences.teachers import TEACHERS, TeacherConfig, teach
 from mbrl.settings import check_whole, check_within
 from mbrl.types import (
     Agent,
@@ -34,7 +36,6 @@ from mbrl.types import (
     Key,
     Metrics,
     Params,
-    SampleSpec,
     State,
     Transition,
 )
@@ -66,6 +67,8 @@ class PreferencesConfig:
         "oracle"
     )
     """Synthetic annotator, who sees the true reward (B); or people, by `mbrl label RUN`."""
+    mistake: float = 0.1
+    """Probability that the teacher 'mistake' says the opposite (B)."""
     members: int = 3
     """Reward heads (C)."""
     hidden: tuple[int, ...] = (64, 64)
@@ -89,6 +92,7 @@ class PreferencesConfig:
         check_whole(self, *names, prefix="preferences.")
         check_within(self, "first", 0, 1, "[)", prefix="preferences.")
         check_within(self, "error", 0, 1, "[)", prefix="preferences.")
+        check_within(self, "mistake", 0, 1, prefix="preferences.")
         check_within(self, "learning_rate", 0, ends="(]", prefix="preferences.")
 
 
@@ -107,6 +111,8 @@ class PreferencesState(NamedTuple):
     """Answers that the heads have learned from."""
     agreement: Array
     """Of the heads with the newest answers, before they learned from them."""
+    truth: Moments
+    """Of the true reward of labelled steps, which no head has seen; empty with people."""
 
 
 def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> Agent:
@@ -133,7 +139,7 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
     model = reward_model(spec, config.members, config.hidden)
     labels = schedule(config.labels, config.sessions, config.rate, config.first)
     asked = int(labels.max())
-    sampling = _longer(agent.sampling, config)
+    sampling = longer(agent.sampling, config.segment)
     calls_per_session = max(1, round(config.ask_every / max(sampling.every, 1)))
     decay = optax.adamw(
         config.learning_rate, weight_decay=config.weight_decay, mask=optim.decay_mask
@@ -150,6 +156,7 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
         return PreferencesState(
             agent.init(agent_key), reward._replace(offset=units[0], scale=units[1]),
             optimizer.init(reward.weights), comparisons, pending, zero, zero, zero, jnp.zeros(()),
+            normalization.empty(),
         )  # fmt: skip
 
     def act(state: PreferencesState, *args: Any) -> tuple[Any, Any, Any]:
@@ -173,8 +180,12 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
             unknown = jnp.full((asked, 2), -1)
             return state._replace(pending=add(state.pending, pairs, unknown, keep)[0])
         scale = config.segment * jnp.sum(starts * successors(record).reward) / starts.sum()
-        rank, answered = teach(TEACHERS[config.teacher], teach_key, pairs.reward, scale)
-        return state._replace(comparisons=add(state.comparisons, pairs, rank, keep & answered)[0])
+        rank, answered = teach(_annotator(config), teach_key, pairs.reward, scale)
+        keep = keep & answered
+        labelled = jnp.broadcast_to(keep[:, None, None], pairs.reward.shape)
+        truth = normalization.update(state.truth, pairs.reward, labelled)
+        comparisons, _ = add(state.comparisons, pairs, rank, keep)
+        return state._replace(comparisons=comparisons, truth=truth)
 
     def update(state: PreferencesState, batch: Batch, key: Key) -> tuple[Any, Metrics, Any]:
         ask_key, fit_key, agent_key = jax.random.split(key, 3)
@@ -185,16 +196,19 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
         state = meet(model, state)
         reward, opt_state, fitted = fit_reward(config, model, optimizer, state, fit_key)
         batch, metrics = relabel(config, model, reward, batch, agent.sampling.kind == "all")
-        seen = _cut(batch, agent.sampling)
+        seen = cut(batch, agent.sampling)
         inner, learned, feedback = agent.update(state.agent, seen, agent_key)
         state = state._replace(
             agent=inner, reward=reward, opt_state=opt_state, calls=state.calls + 1
         )
+        if config.teacher != "people":
+            truth = normalization.normalize(state.truth, metrics["preferences/true_reward"])
+            metrics["preferences/gap"] = metrics["preferences/reward"] - truth
         metrics |= {
             "preferences/agreement": state.agreement,
             "preferences/labels": 1.0 * state.comparisons.size,
         }
-        return state, learned | fitted | metrics, _aligned(feedback, batch)
+        return state, learned | fitted | metrics, aligned(feedback, batch)
 
     return Agent(init, agent.begin, act, update, sampling)
 
@@ -291,6 +305,11 @@ def relabel(
     return batch._replace(record=batch.record._replace(reward=arriving)), metrics
 
 
+def _annotator(config: PreferencesConfig) -> TeacherConfig:
+    teacher = TEACHERS[config.teacher]
+    return dataclasses.replace(teacher, mistake=config.mistake) if teacher.mistake else teacher
+
+
 def _check_time(time: int, config: PreferencesConfig) -> None:
     if time <= config.segment:
         raise ValueError(
@@ -298,35 +317,6 @@ def _check_time(time: int, config: PreferencesConfig) -> None:
             f"{time} records per environment of an update; lower --preferences.segment or "
             "--num-envs, or raise what an update reads (--rollout of ppo)"
         )
-
-
-def _longer(sampling: SampleSpec, config: PreferencesConfig) -> SampleSpec:
-    """Ask for the record before each sequence too, which tells the reward of its first."""
-    if sampling.kind != "sequences":
-        return sampling
-    return sampling._replace(length=1 + max(sampling.length, config.segment))
-
-
-def _cut(batch: Batch, sampling: SampleSpec) -> Batch:
-    """Hand on the sequences that were asked for."""
-    if sampling.kind != "sequences":
-        return batch
-
-    def part(x: Array) -> Array:
-        return x[:, :, 1 : 1 + sampling.length]
-
-    index = None if batch.index is None else batch.index + jnp.array([0, 1])
-    return Batch(jax.tree.map(part, batch.record), part(batch.valid), index, batch.odds)
-
-
-def _aligned(feedback: Any, batch: Batch) -> Any:
-    """Put what goes back into replay behind the record that was read before it."""
-    if feedback is None:
-        return None
-    return {
-        name: jnp.concatenate([batch.record.extras[name][:, :, :1], value], 2)
-        for name, value in feedback.items()
-    }
 
 
 def _example(spec: EnvSpec, config: PreferencesConfig) -> Transition:

@@ -22,3 +22,18 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "legend.frameon": False,
 }
+
+
+def finish(axes: Any, ticks: int = 7) -> None:
+    """Give axes few ticks, with large steps written in thousands and millions."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    def short(value: float, _: Any) -> str:
+        for unit, name in ((1e6, "M"), (1e3, "k")):
+            if abs(value) >= 10 * unit:
+                return f"{value / unit:g}{name}"
+        return f"{value:g}"
+
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.margins(x=0.02)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":  # run as a file: imports start at the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,13 +24,11 @@ from mbrl.training.evaluation import statistics
 from mbrl.training.run_directory import read_config
 from scripts import overoptimization
 from scripts.cli import parse, run
-from scripts.figures import COLOURS, STYLE
+from scripts.curves import Curve, Run, curve, load
+from scripts.figures import COLOURS, STYLE, finish
 
 TRAIN, EVAL = "episode_return", "eval/return_mean"
 PANEL_WORDS = ("holdout", "loss", "error")
-
-Seed = tuple[int, int]
-"""Number of the file and seed in it: one seed may lie in several folders of a sweep."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class ReportConfig:
 
     With --dream: play episodes with the trained agent, let its latent model predict them
     open loop, draw that beside the truth, and print its errors as one line of JSON.
-    With --preferences: draw the learned reward of one run beside the true one.
+    With --preferences: draw the learned reward of runs beside the true one.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -49,28 +47,12 @@ class ReportConfig:
     title: str = ""  # above the figure; the environment when the runs tell it
     window: int = 10  # training episodes in the moving average, at most a tenth of them
     json: bool = False  # print the table as one JSON object
-    preferences: bool = False  # learned and true reward of one run, and agreement with answers
+    preferences: bool = False  # learned and true reward, and how far they part
     dream: bool = False  # open-loop predictions of one run: PNG, or GIF of images
     episodes: int = 10  # dream: episodes to play; the errors are means over them
     context: int = 0  # dream: records the model sees; 0 = 5, or half of shorter episodes
     length: int = 50  # dream: records of an episode, the context included
     seed: int = 0  # dream: of the start states
-
-
-class Run(NamedTuple):
-    """Metrics of one run: `series[name][seed]` is a pair of arrays (steps, values)."""
-
-    label: str
-    series: dict[str, dict[Seed, tuple[np.ndarray, np.ndarray]]]
-
-
-class Curve(NamedTuple):
-    """Statistics over seeds on a common grid of steps; all [G]."""
-
-    steps: np.ndarray
-    median: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
 
 
 def main(argv: list[str]) -> int:
@@ -92,8 +74,7 @@ def main(argv: list[str]) -> int:
         return _dream(config)
     if config.preferences:
         return _preferences(config)
-    labels = config.labels or [Path(path).resolve().name for path in config.runs]
-    runs = [load(Path(path), label) for path, label in zip(config.runs, labels, strict=True)]
+    runs = _load(config)
     out = _figure_file(config, "curve.png")
     draw(runs, out, config.title or _environment(config.runs), config.window)
     rows = [summarize(one) for one in runs]
@@ -111,16 +92,14 @@ def _figure_file(config: ReportConfig, name: str) -> Path:
     return out
 
 
-def _check_one_run(config: ReportConfig, flag: str) -> None:
-    if len(config.runs) != 1:
-        raise ValueError(f"RUN: got {len(config.runs)}, expected one run with {flag}")
+def _load(config: ReportConfig) -> list[Run]:
+    labels = config.labels or [Path(path).resolve().name for path in config.runs]
+    return [load(Path(path), label) for path, label in zip(config.runs, labels, strict=True)]
 
 
 def _preferences(config: ReportConfig) -> int:
-    _check_one_run(config, "--preferences")
-    one = load(Path(config.runs[0]), "")
     out = _figure_file(config, "preferences.png")
-    overoptimization.draw(one.series, out, config.title or _environment(config.runs))
+    overoptimization.draw(_load(config), out, config.title or _environment(config.runs))
     print(f"figure: {out}")
     return 0
 
@@ -128,93 +107,11 @@ def _preferences(config: ReportConfig) -> int:
 def _dream(config: ReportConfig) -> int:
     from scripts import dream  # builds agents and environments, which curves do without
 
-    _check_one_run(config, "--dream")
+    if len(config.runs) != 1:
+        raise ValueError(f"RUN: got {len(config.runs)}, expected one run with --dream")
     window = dream.Window(config.episodes, config.context, config.length, config.seed)
     print(json.dumps(dream.show(Path(config.runs[0]), config.out, window, config.title)))
     return 0
-
-
-def load(folder: Path, label: str) -> Run:
-    """Read every `metrics.jsonl` in or below a folder.
-
-    Raises:
-      ValueError: when there is none, it holds no number, or a line is malformed.
-    """
-    files = [folder] if folder.is_file() else sorted(folder.rglob("metrics.jsonl"))
-    if not files:
-        raise ValueError(
-            f"RUN: got {folder}, expected a folder with metrics.jsonl (mbrl train --out)"
-        )
-    points: dict[str, dict[Seed, list[tuple[float, float]]]] = {}
-    for number, file in enumerate(files):
-        for row in read_lines(file):
-            seed = (number, row.get("seed") or 0)
-            prefix = "" if row.get("kind", "train") == "train" else f"{row['kind']}/"
-            for name, value in row.items():
-                if name in ("step", "seed", "time") or isinstance(value, bool):
-                    continue
-                if isinstance(value, int | float) and math.isfinite(value):
-                    name = prefix + name.removeprefix(prefix)
-                    points.setdefault(name, {}).setdefault(seed, []).append((row["step"], value))
-    if not points:
-        raise ValueError(f"RUN: {folder} holds no metrics yet; train for longer first")
-    return Run(label, {name: _arrays(seeds) for name, seeds in points.items()})
-
-
-def _arrays(seeds: Mapping[Seed, list[tuple[float, float]]]) -> dict[Seed, Any]:
-    pairs = {seed: np.array(sorted(rows, key=lambda row: row[0])) for seed, rows in seeds.items()}
-    return {seed: (rows[:, 0], rows[:, 1]) for seed, rows in sorted(pairs.items())}
-
-
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file; a torn last line (a killed writer) is skipped.
-
-    Raises:
-      ValueError: naming file and line, for any other line without an object and a step.
-    """
-    lines = file.read_text("utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
-                raise ValueError("expected an object with a number 'step'")
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise ValueError(f"{file}, line {number}: {error}; got {line[:80]!r}") from error
-        yield row
-
-
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Average each value of [T] with up to `window - 1` values before it."""
-    total = np.cumsum(np.concatenate([[0.0], values]))
-    index = np.arange(1, len(values) + 1)
-    start = np.maximum(index - window, 0)
-    return (total[index] - total[start]) / (index - start)
-
-
-def curve(seeds: Sequence[tuple[np.ndarray, np.ndarray]], window: int = 1) -> Curve:
-    """Summarize the curves of several seeds where all of them have data.
-
-    Args:
-      seeds: (steps [T], values [T]) of each seed, steps ascending; lengths may differ.
-      window: values in the moving average of each seed.
-
-    Returns:
-      The median, with the middle half as band from four seeds on, else minimum to maximum.
-    """
-    start = max(steps[0] for steps, _ in seeds)
-    stop = min(steps[-1] for steps, _ in seeds)
-    if start >= stop:
-        grid = np.array([stop])
-    else:
-        every = np.unique(np.concatenate([steps for steps, _ in seeds]))
-        grid = every[(every >= start) & (every <= stop)]
-        grid = grid if len(grid) <= 400 else np.linspace(start, stop, 400)
-    values = np.stack([np.interp(grid, steps, smooth(v, window)) for steps, v in seeds])
-    quantiles = (25, 75) if len(seeds) >= 4 else (0, 100)
-    low, high = np.percentile(values, quantiles, axis=0)
-    return Curve(grid, np.median(values, 0), low, high)
 
 
 def summarize(one: Run) -> dict[str, Any]:
@@ -269,7 +166,7 @@ def draw(runs: Sequence[Run], out: Path, title: str = "", window: int = 10) -> N
         for colour, one in zip(_colours(len(runs)), runs, strict=True):
             _draw_returns(main_axes, one, colour, window)
         main_axes.set(xlabel="environment steps", ylabel="return")
-        _finish(main_axes)
+        finish(main_axes)
         if main_axes.get_legend_handles_labels()[1]:
             main_axes.legend(loc="best")
         if title:
@@ -329,21 +226,7 @@ def _draw_panel(axes: Any, runs: Sequence[Run], name: str, last: bool) -> None:
     axes.set_title(name, loc="left", fontsize=9)
     axes.tick_params(which="both", labelsize=8)
     axes.tick_params(labelbottom=last)
-    _finish(axes, ticks=4)
-
-
-def _finish(axes: Any, ticks: int = 7) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    def short(value: float, _: Any) -> str:
-        for unit, name in ((1e6, "M"), (1e3, "k")):
-            if abs(value) >= 10 * unit:
-                return f"{value / unit:g}{name}"
-        return f"{value:g}"
-
-    axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(short))
-    axes.margins(x=0.02)
+    finish(axes, ticks=4)
 
 
 def _environment(runs: Sequence[str]) -> str:

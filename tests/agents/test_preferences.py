@@ -22,7 +22,7 @@ from agents.preferences import (
     score,
     with_preferences,
 )
-from mbrl import optim, replay, spaces
+from mbrl import normalization, optim, replay, spaces
 from mbrl.models.reward import reward_model
 from mbrl.preferences.comparisons import add, empty, filled
 from mbrl.preferences.teachers import TEACHERS, TeacherConfig
@@ -157,6 +157,28 @@ def test_sessions_without_an_answer_leave_everything_in_order(monkeypatch):
         assert int(state.session[0]) == (4 if config is skipping else 0)
 
 
+def test_the_gap_is_zero_on_what_was_labelled_and_grows_with_what_is_overrated():
+    report = run(LATEST)
+    metrics = {name: float(value[0]) for name, value in report.metrics.items()}
+    truth = jax.tree.map(lambda x: float(x[0]), report.learner.agent.truth)
+    assert truth.count == 60 * 2 * 4  # answers, segments and steps
+    expected = (metrics["preferences/true_reward"] - truth.mean) / np.sqrt(truth.var)
+    gap = metrics["preferences/reward"] - expected
+    np.testing.assert_allclose(metrics["preferences/gap"], gap, atol=1e-4)
+    # Actions are random all along: what was labelled is like what is done now.
+    assert abs(gap) < 0.3
+    assert 0.5 < truth.var < 1.0  # between that of a long episode and that of starts
+
+
+def test_a_teacher_errs_as_often_as_was_asked_for():
+    wrong = dataclasses.replace(SMALL, teacher="mistake", mistake=1.0, updates=200)
+    metrics = run(LATEST, wrong).metrics
+    assert float(metrics["preferences/correlation"][0]) < -0.8  # all it says is the opposite
+    assert run(LATEST, dataclasses.replace(wrong, teacher="oracle")).metrics[
+        "preferences/correlation"
+    ][0] > 0.8  # fmt: skip
+
+
 def test_updates_that_read_less_than_a_segment_are_refused():
     with pytest.raises(ValueError, match=r"preferences\.segment: got 20 .* 20 records.*--num-envs"):
         run(LATEST, dataclasses.replace(SMALL, segment=20), 160)
@@ -223,8 +245,10 @@ def test_every_head_has_mean_zero_and_deviation_one_over_what_was_labelled():
 def test_agreement_is_with_answers_that_nothing_was_learned_from():
     config = dataclasses.replace(SMALL, updates=300)
     model, reward, comparisons, _ = fitted(config)
-    zero, nothing = jnp.zeros((), int), jnp.zeros(())
-    state = PreferencesState((), reward, (), comparisons, comparisons, zero, zero, zero, nothing)
+    zero, nothing, none = jnp.zeros((), int), jnp.zeros(()), normalization.empty()
+    state = PreferencesState(
+        (), reward, (), comparisons, comparisons, zero, zero, zero, nothing, none
+    )
     assert float(meet(model, state).agreement) > 0.9  # all are new
     known = state._replace(known=comparisons.size, agreement=jnp.asarray(0.3))
     assert float(meet(model, known).agreement) == np.float32(0.3)  # none is

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mbrl.training.metrics import MetricsWriter
-from scripts import report
+from scripts import curves, report
 from scripts.cli import run as run_job
 
 
@@ -37,34 +37,34 @@ def evaluation(step: int, value: float, seed: int = 0) -> dict[str, Any]:
 
 def test_moving_average_by_hand() -> None:
     values = np.array([2.0, 4.0, 6.0, 8.0])
-    np.testing.assert_allclose(report.smooth(values, 1), values)
-    np.testing.assert_allclose(report.smooth(values, 2), [2, 3, 5, 7])
-    np.testing.assert_allclose(report.smooth(values, 99), [2, 3, 4, 5])
+    np.testing.assert_allclose(curves.smooth(values, 1), values)
+    np.testing.assert_allclose(curves.smooth(values, 2), [2, 3, 5, 7])
+    np.testing.assert_allclose(curves.smooth(values, 99), [2, 3, 4, 5])
 
 
 def test_median_and_range_of_seeds_on_different_steps() -> None:
     steps = np.array([0.0, 10.0])
     seeds = [(steps, steps * k) for k in (1.0, 2.0, 6.0)]
     seeds.append((np.array([5.0, 20.0]), np.array([10.0, 40.0])))  # again 2 per step
-    line = report.curve(seeds)
+    line = curves.curve(seeds)
     np.testing.assert_allclose(line.steps, [5, 10])
     np.testing.assert_allclose(line.median, [10, 20])
     np.testing.assert_allclose(line.low, [8.75, 17.5])  # quartiles of 1, 2, 2, 6
     np.testing.assert_allclose(line.high, [15, 30])
-    three = report.curve(seeds[:3])
+    three = curves.curve(seeds[:3])
     np.testing.assert_allclose(three.low, three.steps)
     np.testing.assert_allclose(three.high, 6 * three.steps)
 
 
 def test_seeds_without_common_steps() -> None:
-    line = report.curve([(np.array([0.0, 1.0]), np.ones(2)), (np.array([5.0]), np.full(1, 3.0))])
+    line = curves.curve([(np.array([0.0, 1.0]), np.ones(2)), (np.array([5.0]), np.full(1, 3.0))])
     np.testing.assert_allclose(line.median, [2.0])
 
 
 def test_summary_uses_the_last_evaluation_of_each_seed(tmp_path: Path) -> None:
     rows = [evaluation(100, -9.0), evaluation(200, 1.0), evaluation(100, -9.0, 1)]
     rows += [evaluation(200, 3.0, 1), episode(300, 77.0)]
-    row = report.summarize(report.load(write(tmp_path, *rows), "x"))
+    row = report.summarize(curves.load(write(tmp_path, *rows), "x"))
     assert row["mean"] == 2.0
     assert row["std"] == 1.0
     assert row["iqm"] == 2.0
@@ -74,10 +74,10 @@ def test_summary_uses_the_last_evaluation_of_each_seed(tmp_path: Path) -> None:
 
 def test_summary_without_evaluation(tmp_path: Path) -> None:
     rows = [episode(t, float(t)) for t in range(1, 21)]
-    row = report.summarize(report.load(write(tmp_path, *rows), "x"))
+    row = report.summarize(curves.load(write(tmp_path, *rows), "x"))
     assert row["mean"] == np.mean(range(11, 21))
     empty = write(tmp_path / "b", {"step": 5, "kind": "train", "seed": 0, "model/loss": 1.0})
-    assert report.summarize(report.load(empty, "x"))["source"] == "no finished episode"
+    assert report.summarize(curves.load(empty, "x"))["source"] == "no finished episode"
 
 
 def test_reads_what_the_metrics_writer_writes(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_reads_what_the_metrics_writer_writes(tmp_path: Path) -> None:
         writer.write(100, {"episode_return": 1.5, "histogram": np.arange(3.0)})
         writer.write(100, {"return_mean": 7.0}, kind="eval", seed=0)
         writer.write(100, {"return_mean": 9.0, "gap": np.nan}, kind="eval", seed=1)
-    loaded = report.load(tmp_path, "x")
+    loaded = curves.load(tmp_path, "x")
     assert set(loaded.series) == {"episode_return", "eval/return_mean"}
     assert report.summarize(loaded)["mean"] == 8.0
 
@@ -93,15 +93,15 @@ def test_reads_what_the_metrics_writer_writes(tmp_path: Path) -> None:
 def test_seeds_in_folders_of_their_own_are_kept_apart(tmp_path: Path) -> None:
     for i in range(3):
         write(tmp_path / f"run{i}", evaluation(100, float(i)))
-    assert report.summarize(report.load(tmp_path, "x"))["mean"] == 1.0
-    assert report.summarize(report.load(tmp_path, "x"))["seeds"] == 3
+    assert report.summarize(curves.load(tmp_path, "x"))["mean"] == 1.0
+    assert report.summarize(curves.load(tmp_path, "x"))["seeds"] == 3
 
 
 def test_missing_numbers_and_a_torn_last_line_are_skipped(tmp_path: Path) -> None:
     write(tmp_path, episode(1, 2.0), episode(2, float("nan")), {"step": 3, "episode_return": None})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "episode_ret')
-    steps, values = report.load(tmp_path, "x").series["episode_return"][(0, 0)]
+    steps, values = curves.load(tmp_path, "x").series["episode_return"][(0, 0)]
     assert (steps.tolist(), values.tolist()) == ([1], [2.0])
 
 
@@ -113,12 +113,12 @@ def test_malformed_line_is_named(line: str, tmp_path: Path) -> None:
         '{"step": 1, "episode_return": 1}\n' + line + '\n{"step": 2}\n'
     )
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: "):
-        report.load(tmp_path, "x")
+        curves.load(tmp_path, "x")
 
 
 def test_panels_prefer_held_out_errors() -> None:
     names = ("value", "model/loss", "eval/loss", "model/holdout_mse", "reward/error", "a_loss")
-    one = report.Run("x", {name: {} for name in names})
+    one = curves.Run("x", {name: {} for name in names})
     assert report.panels([one]) == ["model/holdout_mse", "a_loss", "model/loss"]
 
 
@@ -175,43 +175,55 @@ def test_bad_input(
 
 
 def preference_rows(step: int, seed: int, **more: float) -> dict[str, Any]:
-    names = ("reward", "true_reward", "agreement", "accuracy", "correlation")
+    names = ("reward", "true_reward", "agreement", "accuracy", "correlation", "gap")
     found = {f"preferences/{name}": step / 100 - seed for name in names}
     return {"step": step, "kind": "train", "seed": seed, "time": 0.1, **found, **more}
 
 
-def test_learned_and_true_reward_over_the_distance_from_the_first_policy(tmp_path, monkeypatch):
+def drawn_by(monkeypatch: pytest.MonkeyPatch, *argv: str) -> list[tuple[Any, Any, str]]:
+    """Draw, and return what lines were drawn: x, y and label."""
     from matplotlib.axes import Axes
 
-    drawn, plot = [], Axes.plot
+    lines, plot = [], Axes.plot
 
-    def spy(axes: Any, x: Any, y: Any, **style: Any) -> Any:
-        drawn.append((np.asarray(x), np.asarray(y)))
-        return plot(axes, x, y, **style)
+    def spy(axes: Any, x: Any, y: Any, *fmt: str, **style: Any) -> Any:
+        lines.append((np.asarray(x), np.asarray(y), style["label"]))
+        return plot(axes, x, y, *fmt, **style)
 
     monkeypatch.setattr(Axes, "plot", spy)
-    rows = [
-        preference_rows(step, seed, **{"policy/kl_from_start": step**2 / 100})
-        for seed in (0, 1)
-        for step in (0, 10, 20)
-    ]
+    assert report.main([*argv, "--preferences"]) == 0
+    return lines
+
+
+def test_learned_and_true_reward_over_the_distance_from_the_first_policy(tmp_path, monkeypatch):
+    for name, shift in (("a", 0), ("b", 5)):
+        rows = [
+            preference_rows(step, seed + shift, **{"policy/kl_from_start": step**2 / 100})
+            for seed in (0, 1, 2)
+            for step in (0, 10, 20)
+        ]
+        write(tmp_path / name, *rows)
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
     out = tmp_path / "x.png"
-    argv = [str(write(tmp_path, *rows)), "--preferences", "--out", str(out)]
-    assert report.main(argv) == 0
+    lines = drawn_by(monkeypatch, *runs, "--out", str(out), "--labels", "one", "two")
     assert out.stat().st_size > 10_000
-    x, y = drawn[1]
+    assert [label for *_, label in lines] == ["one"] * 6 + ["two"] * 6
+    x, y, _ = lines[0]
     np.testing.assert_allclose(x, [0, 1, 2])  # roots of the divergence
-    np.testing.assert_allclose(y, [-1, -0.9, -0.8])  # the learned reward of the second seed
-    assert len(drawn) == 2 * 5
+    np.testing.assert_allclose(y, [-1, -0.9, -0.8])  # the median over seeds
+    x, y, _ = lines[8]
+    np.testing.assert_allclose(x, [0, 10, 20])
+    np.testing.assert_allclose(y, [-6, -5.9, -5.8])
 
 
-def test_agents_without_a_distance_are_drawn_over_steps(tmp_path):
+def test_agents_without_a_distance_are_drawn_over_steps(tmp_path, monkeypatch):
     write(tmp_path, preference_rows(0, 0), preference_rows(10, 0))
-    assert report.main([str(tmp_path), "--preferences"]) == 0
+    for x, _, _ in drawn_by(monkeypatch, str(tmp_path)):
+        np.testing.assert_allclose(x, [0, 10])
     assert (tmp_path / "preferences.png").stat().st_size > 10_000
 
 
 def test_preferences_of_a_run_without_any(tmp_path):
     write(tmp_path, episode(1, 2.0))
-    with pytest.raises(ValueError, match=r"expected a run that learned its reward"):
+    with pytest.raises(ValueError, match=r"expected runs that learned their reward"):
         report.main([str(tmp_path), "--preferences"])
