@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from agents.preferences import PreferencesConfig
 from mbrl.preferences.monitor import Session, overoptimized
+from mbrl.preferences.queries import schedule
 from mbrl.training import run_directory
 from mbrl.training.learner import Report
 
@@ -16,6 +18,20 @@ MAX_SKIPPED = 100
 
 MAX_CLIPPED = 0.01
 """Share of clipped targets above which a run says so, once."""
+
+
+def warn_of_unasked(asked: PreferencesConfig, steps: int) -> None:
+    """Say when a run ends before all labels have been asked for."""
+    held = min(asked.sessions, max(1, steps // asked.ask_every))
+    labels = int(schedule(asked.labels, asked.sessions, asked.rate, asked.first)[:held].sum())
+    if labels < asked.labels:
+        print(
+            f"warning: {steps:,} steps have room for {held} of {asked.sessions} sessions, one "
+            f"every {asked.ask_every:,} steps: {labels} of {asked.labels} labels will be asked for; "
+            f"set --preferences.ask-every {max(1, steps // asked.sessions)}, or fewer "
+            "--preferences.sessions",
+            file=sys.stderr,
+        )
 
 
 class Alarms:

@@ -26,7 +26,7 @@ from mbrl.training.learner import DriverConfig, Report, updates_per_step
 from mbrl.training.metrics import MetricsWriter
 from mbrl.types import Record, TimeStep
 from scripts import config_json, runs
-from scripts.alarms import Alarms
+from scripts.alarms import Alarms, warn_of_unasked
 from scripts.cli import parse, run
 from scripts.people import People, exchange
 from scripts.progress import Progress
@@ -117,6 +117,8 @@ def main(argv: list[str]) -> int:
             f"--num-seeds: got {config.num_seeds} with --preferences.teacher people, expected 1: "
             "each seed would ask its own questions; train one run per seed"
         )
+    if preferences.labels:
+        warn_of_unasked(preferences, config.steps)
     interval = config.log_every or max(1, config.steps // 50)
     driver = DriverConfig(config.steps, config.num_envs, seeds, interval)
     options = {"pixels": config.pixels or None, "action_repeat": config.action_repeat}

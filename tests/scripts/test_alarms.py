@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from agents.preferences import PreferencesConfig
 from mbrl.training.learner import Report
-from scripts.alarms import Alarms
+from scripts.alarms import Alarms, warn_of_unasked
 
 
 def report(step: int, **metrics: Any) -> Report:
@@ -44,3 +45,15 @@ def test_runs_without_preferences_and_before_the_first_update(tmp_path: Path, ca
     nothing: Any = None
     alarms.check(Report(2, nothing, {"model/loss": np.ones(1)}, nothing, lambda: None))
     assert capsys.readouterr().err == ""
+
+
+def test_labels_that_a_run_is_too_short_for_are_told(capsys):
+    asked = PreferencesConfig(labels=100, sessions=20, ask_every=1000, rate="constant", first=0.24)
+    warn_of_unasked(asked, 20_000)
+    assert capsys.readouterr().err == ""
+    warn_of_unasked(asked, 4_999)
+    text = capsys.readouterr().err
+    # 24 in the first session, and 4 in each of three others.
+    assert "room for 4 of 20 sessions" in text
+    assert "36 of 100 labels" in text
+    assert "--preferences.ask-every 249" in text
