@@ -27,8 +27,8 @@ def warn_of_unasked(asked: PreferencesConfig, steps: int) -> None:
     if labels < asked.labels:
         print(
             f"warning: {steps:,} steps have room for {held} of {asked.sessions} sessions, one "
-            f"every {asked.ask_every:,} steps: {labels} of {asked.labels} labels will be asked for; "
-            f"set --preferences.ask-every {max(1, steps // asked.sessions)}, or fewer "
+            f"every {asked.ask_every:,} steps: {labels} of {asked.labels} labels will be asked "
+            f"for; set --preferences.ask-every {max(1, steps // asked.sessions)}, or fewer "
             "--preferences.sessions",
             file=sys.stderr,
         )
