@@ -40,6 +40,9 @@ from mbrl.types import (
     Transition,
 )
 
+STEPS = 50
+"""Environment steps that the heads learn for at a time, at least."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PreferencesConfig:
@@ -80,7 +83,8 @@ class PreferencesConfig:
     batch_size: int = 32
     """Comparisons per gradient of each head."""
     updates: int = 100
-    """Gradients per update of the agent (M)."""
+    """Gradients per update of the agent, or per 50 environment steps where it learns more often
+    than that (M)."""
     error: float = 0.1
     """Probability that an answer is taken for a random one (C)."""
     penalty: float = 0.0
@@ -140,6 +144,8 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
     labels = schedule(config.labels, config.sessions, config.rate, config.first)
     asked = int(labels.max())
     sampling = longer(agent.sampling, config.segment)
+    often = min(1.0, agent.sampling.every / STEPS)
+    config = dataclasses.replace(config, updates=max(1, round(often * config.updates)))
     calls_per_session = max(1, round(config.ask_every / max(sampling.every, 1)))
     decay = optax.adamw(
         config.learning_rate, weight_decay=config.weight_decay, mask=optim.decay_mask

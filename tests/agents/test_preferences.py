@@ -170,6 +170,26 @@ def test_the_gap_is_zero_on_what_was_labelled_and_grows_with_what_is_overrated()
     assert 0.5 < truth.var < 1.0  # between that of a long episode and that of starts
 
 
+def test_heads_of_agents_that_learn_at_every_step_learn_as_much_per_step():
+    config = dataclasses.replace(SMALL, updates=100)
+    counts = []
+    for every in (1, 80, 200):
+        sampling = SampleSpec("sequences", 400, 80, every, batch_size=16, length=6)
+        agent = with_preferences(spy(sampling), SPEC, config)
+        state = jax.eval_shape(agent.init, jax.random.key(0))
+        lead, flag = (1, 16, 7), jnp.zeros((1, 16, 7), bool)
+        record = Record(
+            jnp.zeros((*lead, 2)), jnp.zeros((*lead, 1)), jnp.zeros(lead), flag, flag, flag,
+            {"latent": jnp.zeros(lead)},
+        )  # fmt: skip
+        batch = Batch(record, flag, jnp.zeros((1, 16, 2), int))
+        program = jax.make_jaxpr(agent.update)(state, batch, jax.random.key(0))
+        scans = [e.params["length"] for e in program.eqns if e.primitive.name == "scan"]
+        counts.append(scans)
+    assert [2 in counts[0], 100 in counts[1], 100 in counts[2]] == [True] * 3
+    assert 100 not in counts[0]
+
+
 def test_a_teacher_errs_as_often_as_was_asked_for():
     wrong = dataclasses.replace(SMALL, teacher="mistake", mistake=1.0, updates=200)
     metrics = run(LATEST, wrong).metrics
