@@ -9,6 +9,7 @@ from agents.dreamer import DreamerConfig, make_dreamer
 from agents.muzero import MuZeroConfig, make_muzero
 from agents.pets import PETSConfig, make_pets
 from agents.ppo import PPOConfig, make_ppo
+from agents.sac import SACConfig, make_sac
 from mbrl.types import Agent, EnvSpec
 
 
@@ -24,5 +25,6 @@ AGENTS = {
     "muzero": Entry(MuZeroConfig, make_muzero),
     "pets": Entry(PETSConfig, make_pets),
     "ppo": Entry(PPOConfig, make_ppo),
+    "sac": Entry(SACConfig, make_sac),
 }
 """Agents by the name that the command line uses."""

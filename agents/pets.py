@@ -28,7 +28,6 @@ from mbrl.types import (
     Agent,
     Array,
     Batch,
-    Box,
     EnvSpec,
     Key,
     Metrics,
@@ -337,9 +336,4 @@ def _check(spec: EnvSpec, config: PETSConfig, reward_given: bool) -> None:
             f"reward_fn: a given reward leaves nothing to learn, got it with reward="
             f"{config.reward!r}; leave one of them out"
         )
-    for path, leaf in spaces.leaves(spec.observation):
-        if isinstance(leaf, Box) and len(leaf.shape) >= 3:
-            raise ValueError(
-                f"observation {path or spec.id}: PETS models vectors, got an image of shape "
-                f"{leaf.shape}; use an agent with an encoder or a vector observation"
-            )
+    spaces.check_no_images(spec, "PETS")

@@ -87,6 +87,12 @@ _TORQUE = {
 }  # fmt: skip
 """Costs of a swing-up are those of the next second."""
 
+_SWING = {
+    "hidden": (64, 64), "learning_rate": 1e-3, "discount": 0.95, "target_rate": 0.01,
+    "batch_size": 128, "random_steps": 200, "capacity": 20_000, "temperature": 0.5,
+}  # fmt: skip
+"""SAC where thousands of steps are enough; costs are those of the next second."""
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _SURVIVAL, "value_rounds": 8},
     ("pets", "device/CartPole"): {"planner": _SURVIVAL, "value_rounds": 8},
@@ -120,6 +126,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "device/CartPoleFixed"): _FIXED,
     ("ppo", "Pendulum-v1"): _TORQUE,
     ("ppo", "device/Pendulum"): _TORQUE,
+    ("sac", "Pendulum-v1"): _SWING,
+    ("sac", "device/Pendulum"): _SWING,
     ("pets", "InvertedPendulum-v5"): {
         "planner": _UNSTABLE,
         "propagation": "mean",
