@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from agents.dreamer import DreamerConfig, make_dreamer
+from agents.mbpo import MBPOConfig, make_mbpo
 from agents.muzero import MuZeroConfig, make_muzero
 from agents.pets import PETSConfig, make_pets
 from agents.ppo import PPOConfig, make_ppo
@@ -22,6 +23,7 @@ class Entry(NamedTuple):
 
 AGENTS = {
     "dreamer": Entry(DreamerConfig, make_dreamer),
+    "mbpo": Entry(MBPOConfig, make_mbpo),
     "muzero": Entry(MuZeroConfig, make_muzero),
     "pets": Entry(PETSConfig, make_pets),
     "ppo": Entry(PPOConfig, make_ppo),

@@ -89,9 +89,16 @@ _TORQUE = {
 
 _SWING = {
     "hidden": (64, 64), "learning_rate": 1e-3, "discount": 0.95, "target_rate": 0.01,
-    "batch_size": 128, "random_steps": 200, "capacity": 20_000, "temperature": 0.5,
+    "batch_size": 128, "temperature": 0.5,
 }  # fmt: skip
-"""SAC where thousands of steps are enough; costs are those of the next second."""
+"""Actor and critics where thousands of steps are enough; costs are those of the next second."""
+
+_FEW = {"random_steps": 200, "capacity": 20_000}
+
+_UPRIGHT = _SWING | {"discount": 0.99, "temperature": 0.1}
+"""As `_SWING`, where all that survives is worth the same."""
+
+_MODEL = {"members": 5, "elites": 4, "random_steps": 200, "train_every": 50, "train_ratio": 10.0}
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _SURVIVAL, "value_rounds": 8},
@@ -126,8 +133,12 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "device/CartPoleFixed"): _FIXED,
     ("ppo", "Pendulum-v1"): _TORQUE,
     ("ppo", "device/Pendulum"): _TORQUE,
-    ("sac", "Pendulum-v1"): _SWING,
-    ("sac", "device/Pendulum"): _SWING,
+    ("sac", "Pendulum-v1"): _SWING | _FEW,
+    ("sac", "device/Pendulum"): _SWING | _FEW,
+    ("mbpo", "Pendulum-v1"): _MODEL | {"sac": _SWING},
+    ("mbpo", "device/Pendulum"): _MODEL | {"sac": _SWING},
+    ("sac", "InvertedPendulum-v5"): _UPRIGHT | _FEW,
+    ("mbpo", "InvertedPendulum-v5"): _MODEL | {"sac": _UPRIGHT},
     ("pets", "InvertedPendulum-v5"): {
         "planner": _UNSTABLE,
         "propagation": "mean",
