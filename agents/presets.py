@@ -100,6 +100,15 @@ _UPRIGHT = _SWING | {"discount": 0.99, "temperature": 0.1}
 
 _MODEL = {"members": 5, "elites": 4, "random_steps": 200, "train_every": 50, "train_ratio": 10.0}
 
+_HOP = {
+    "hidden": (200, 200, 200, 200), "learning_rate": 1e-3, "batch_size": 256, "length": (1, 15),
+    "schedule": (20_000, 100_000), "rollouts": 100_000, "random_steps": 5_000,
+    "capacity": 125_000, "sac": {"target_entropy": -1.0 / 3.0},
+}  # fmt: skip
+"""The published settings, for an accelerator."""
+
+_RUN = {"random_steps": 10_000, "capacity": 1_000_000}
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _SURVIVAL, "value_rounds": 8},
     ("pets", "device/CartPole"): {"planner": _SURVIVAL, "value_rounds": 8},
@@ -138,6 +147,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("mbpo", "Pendulum-v1"): _MODEL | {"sac": _SWING},
     ("mbpo", "device/Pendulum"): _MODEL | {"sac": _SWING},
     ("sac", "InvertedPendulum-v5"): _UPRIGHT | _FEW,
+    ("sac", "HalfCheetah-v5"): _RUN,
+    ("mbpo", "Hopper-v5"): _HOP,
     ("mbpo", "InvertedPendulum-v5"): _MODEL | {"sac": _UPRIGHT},
     ("pets", "InvertedPendulum-v5"): {
         "planner": _UNSTABLE,
