@@ -148,7 +148,8 @@ def make_mbpo(
         model_key, ending_key, start_key, branch_key, learn_key = jax.random.split(key, 5)
         data, valid = replay.transitions(batch)
         data = rewarded(data, reward_fn)
-        holdout = replay.holdout_mask(batch.valid.shape, config.holdout).reshape(-1)
+        num_envs, rows = batch.valid.shape
+        holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
         ensemble, metrics = fit_ensemble(
             model, config, state.ensemble, Fitter(optimizer, data, valid & holdout), valid,
             model_key, ending_key,
