@@ -39,16 +39,15 @@ KEY = jax.random.key(3)
 
 
 def task(spec: EnvSpec = SPEC, edge: float = np.inf) -> MDP:
-    """Drift a little; 1 less where actions are away from 2; over beyond the edge."""
+    """Drift a little; paid for large actions; over beyond the edge."""
 
     def init(params: Any, key: Any, obs: Any = None, batch: int = 1) -> Any:
         return 0.5 * jax.random.normal(key, (batch, 2))
 
     def step(params: Any, key: Any, state: Any, action: Any) -> Any:
         moved = state + 0.2 * jax.random.normal(key, state.shape)
-        miss = jnp.square(action.reshape(state.shape[0]) - 2.0)
         alive = (moved[:, 0] < edge).astype(jnp.float32)
-        return moved, Outcome(1.0 - miss, alive, None)
+        return moved, Outcome(1.0 * action.reshape(state.shape[0]), alive, None)
 
     return MDP(init, step, lambda params, state: state, spec)
 
@@ -75,7 +74,7 @@ def greedy(report: Report, spec: EnvSpec = SPEC, seed: int = 0) -> np.ndarray:
 def test_actions_go_where_the_reward_is_and_stay_within_their_bounds():
     report = trained()
     assert all(np.isfinite(value).all() for value in report.metrics.values())
-    assert abs(greedy(report).mean() - 2.0) < 0.4
+    assert greedy(report).min() > 2.3
     agent, first = make_mbpo(SPEC, TINY), jnp.ones(64, bool)
     state = jax.tree.map(lambda x: x[0], report.learner.agent)
     for mode in ("random", "explore"):
@@ -87,7 +86,7 @@ def test_actions_go_where_the_reward_is_and_stay_within_their_bounds():
 def test_integers_are_chosen_as_well():
     spec = SPEC._replace(action=Discrete(4))
     report = last(run_device(factory_of(spec), task(spec), DriverConfig(400, 2, interval=40)))
-    np.testing.assert_array_equal(greedy(report, spec), 2)
+    np.testing.assert_array_equal(greedy(report, spec), 3)
 
 
 @functools.cache
@@ -157,12 +156,12 @@ def test_pessimism_lowers_what_is_imagined_by_the_disagreement():
 
 def test_a_known_reward_replaces_the_recorded_one_everywhere():
     def given(obs: Any, action: Any, next_obs: Any) -> Any:
-        return -jnp.square(action[:, 0])
+        return -2.0 - action[:, 0]
 
     report = last(
         run_device(factory_of(reward_fn=given), task(), DriverConfig(400, 2, interval=40))
     )
-    assert abs(greedy(report).mean()) < 0.4
+    assert greedy(report).max() < -0.3
     assert float(report.metrics["imagined/reward"][0]) < 0.0
     assert float(report.metrics["replay/reward"][0]) < 0.0
 
@@ -224,7 +223,7 @@ def test_a_run_that_is_cut_ends_bit_for_bit(tmp_path):
 def test_records_alone_are_enough():
     record = jax.tree.map(lambda x: np.asarray(x)[0], trained().learner.ring.record)
     report = last(run_offline(factory_of(), SPEC, record, DriverConfig(8, interval=4)))
-    assert abs(greedy(report).mean() - 2.0) < 0.4
+    assert greedy(report).min() > 2.3
 
 
 def test_an_update_before_the_first_transition_changes_no_weight():
