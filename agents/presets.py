@@ -94,6 +94,30 @@ _RUNNER = {
 }  # fmt: skip
 """As the zoo of Stable-Baselines3 has it: small noise, and many small steps."""
 
+_LIGHT = {
+    "hidden": (64, 64), "learning_rate": 1e-3, "target_rate": 0.01, "batch_size": 128,
+}  # fmt: skip
+"""Actor and critics where thousands of steps are enough."""
+
+_SWING = _LIGHT | {"discount": 0.95, "temperature": 0.5, "target_entropy": -0.5}
+"""Costs are those of the next second. With less noise a policy leans on gravity, and hangs."""
+
+_UPRIGHT = _LIGHT | {"temperature": 0.1}
+
+_FEW = {"random_steps": 200, "capacity": 20_000}
+
+_MODEL = {"members": 5, "elites": 4, "train_every": 50, "train_ratio": 10.0}
+"""MBPO where thousands of steps are enough."""
+
+_HOP = {
+    "hidden": (200, 200, 200, 200), "learning_rate": 1e-3, "batch_size": 256, "length": (1, 15),
+    "schedule": (20_000, 100_000), "rollouts": 100_000, "random_steps": 5_000,
+    "capacity": 125_000, "sac": {"target_entropy": -1.0 / 3.0},
+}  # fmt: skip
+"""The published settings, for an accelerator."""
+
+_RUN = {"random_steps": 10_000, "capacity": 1_000_000}
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("pets", "CartPole-v1"): {"planner": _SURVIVAL, "value_rounds": 8},
     ("pets", "device/CartPole"): {"planner": _SURVIVAL, "value_rounds": 8},
@@ -128,6 +152,14 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "Pendulum-v1"): _TORQUE,
     ("ppo", "device/Pendulum"): _TORQUE,
     ("ppo", "HalfCheetah-v5"): _RUNNER,
+    ("sac", "Pendulum-v1"): _SWING | _FEW | {"target_entropy": -1.0},
+    ("sac", "device/Pendulum"): _SWING | _FEW | {"target_entropy": -1.0},
+    ("mbpo", "Pendulum-v1"): _MODEL | {"random_steps": 400, "sac": _SWING},
+    ("mbpo", "device/Pendulum"): _MODEL | {"random_steps": 400, "sac": _SWING},
+    ("sac", "InvertedPendulum-v5"): _UPRIGHT | _FEW,
+    ("sac", "HalfCheetah-v5"): _RUN,
+    ("mbpo", "Hopper-v5"): _HOP,
+    ("mbpo", "InvertedPendulum-v5"): _MODEL | {"random_steps": 200, "sac": _UPRIGHT},
     ("pets", "InvertedPendulum-v5"): {
         "planner": _UNSTABLE,
         "propagation": "mean",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mbrl import returns, spaces
 from mbrl.mdp import discounted, rollout
-from mbrl.types import MDP, Array, Key, Outcome, Params, Record, State
+from mbrl.types import MDP, Array, Key, Outcome, Params, Record, State, Transition
 
 
 class Dream(NamedTuple):
@@ -131,3 +131,69 @@ def replay_targets(
     )
     weight = (signals.valid & both).astype(jnp.float32)
     return jax.lax.stop_gradient(ReplayTargets(target, weight))
+
+
+def rollout_length(step: Array, schedule: tuple[int, int], length: tuple[int, int]) -> Array:
+    """Return how many steps a model may be trusted for, int32 [].
+
+    Args:
+      step: environment steps so far.
+      schedule: steps between which the length changes.
+      length: before the first and after the second of them; between, whole numbers along a line.
+
+    Reference: When to Trust Your Model (arXiv 1906.08253).
+    """
+    (first, last), (start, end) = schedule, length
+    share = jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
+    # Rounded towards the start: every length is there for an equal stretch of steps.
+    return start + jnp.trunc(share * (end - start)).astype(jnp.int32)
+
+
+def branches(
+    mdp: MDP,
+    params: Params,
+    key: Key,
+    obs: Any,
+    policy: Callable[[Key, Any], Any],
+    length: Array | int,
+    longest: int,
+) -> tuple[Transition, Array]:
+    """Imagine short rollouts from recorded observations, as data for off-policy learning.
+
+    Args:
+      mdp: any decision process whose `init` takes observations.
+      params: its parameters.
+      key: consumed.
+      obs: leaves [M, ...], where episodes go on.
+      policy: `(key, obs [M, ...]) -> action [M, ...]`.
+      length: steps of every rollout, at most `longest`. May be traced.
+      longest: steps that are computed, H.
+
+    Returns:
+      Transitions [H * M, ...], whose `is_terminal` is the predicted chance of an end; and which of
+      them count, bool [H * M]: those within `length`, before a predicted end, and finite.
+
+    Reference: When to Trust Your Model (arXiv 1906.08253).
+    """
+    init_key, step_key, end_key = jax.random.split(key, 3)
+    start = mdp.init(params, init_key, obs)
+
+    def choose(key: Key, state: State, t: Array) -> Any:
+        return policy(key, mdp.observe(params, state))
+
+    final, steps = rollout(mdp, params, step_key, start, choose, longest)
+    after = jax.tree.map(
+        lambda x, y: jnp.concatenate([x[1:], y[None]]), steps.obs, mdp.observe(params, final)
+    )
+    chance = steps.outcome.discount
+    survived = jax.random.uniform(end_key, chance.shape) < chance
+    alive = jnp.concatenate([jnp.ones_like(survived[:1]), survived[:-1]])
+    finite = [
+        jnp.isfinite(x.astype(jnp.float32)).reshape(*chance.shape, -1).all(-1)
+        for x in jax.tree.leaves((after, steps.outcome.reward, chance))
+    ]
+    good = jnp.stack([alive, *finite]).all(0)
+    counts = jnp.cumprod(good, 0).astype(bool) & (jnp.arange(longest) < length)[:, None]
+    found = Transition(steps.obs, steps.action, steps.outcome.reward, after, 1.0 - chance)
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    return jax.lax.stop_gradient(rows), counts.reshape(-1)

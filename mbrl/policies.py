@@ -7,18 +7,21 @@ are scaled to `[-1, 1]`; a sample may lie beyond: clip it before it is decoded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mbrl import spaces
-from mbrl.distributions import Categorical, Normal, unimix
-from mbrl.types import Array, Box, Key, MultiDiscrete, Space, reset_rows
+from mbrl.distributions import Categorical, Normal, TanhNormal, unimix
+from mbrl.types import Array, Box, Discrete, Key, MultiDiscrete, Space, reset_rows
 
 UNIMIX = 0.01
 """Share of the uniform distribution in discrete policies: none becomes deterministic."""
 MIN_STD, MAX_STD = 0.1, 1.0
+MIN_LOG_STD, MAX_LOG_STD = -5.0, 2.0
+"""Of a squashed Gaussian before it is squashed."""
 
 
 def num_outputs(space: Space) -> int:
@@ -115,6 +118,74 @@ class Policy:
             (p.entropy().sum(-1) if isinstance(p, Normal) else p.entropy() for p in self._parts),
             jnp.zeros(()),
         )
+
+
+class Choices(NamedTuple):
+    """Actions over which an expectation under a policy is taken: one draw, or all there are.
+
+    Attributes:
+      action: [..., S, A] encoded.
+      log_prob: [..., S], density or probability of each.
+      chance: [..., S] weights of the expectation, which sum to 1.
+    """
+
+    action: Array
+    log_prob: Array
+    chance: Array
+
+    def expect(self, x: Array) -> Array:
+        """Return the expectation [...] of `x` [..., S]."""
+        return jnp.sum(self.chance * x, -1)
+
+    def entropy(self) -> Array:
+        """Return the entropy [...] in nats: an estimate from one draw, exact from all actions."""
+        return -self.expect(self.log_prob)
+
+
+class SoftPolicy:
+    """A policy that is differentiated through its actions: squashed Gaussian, or categorical.
+
+    Reference: Soft Actor-Critic Algorithms and Applications (arXiv 1812.05905); Soft
+    Actor-Critic for Discrete Action Settings (arXiv 1910.07207).
+    """
+
+    def __init__(self, space: Space, outputs: Array) -> None:
+        """Read the distribution from `outputs` [..., num_outputs(space)].
+
+        Args:
+          space: Discrete, or Box and mappings of Boxes, whose encoded actions are one vector in
+            `[-1, 1]`.
+          outputs: of a network: logits, or means and log-deviations before they are bounded.
+        """
+        if isinstance(space, Discrete):
+            self._law: Categorical | TanhNormal = Categorical(outputs)
+            return
+        loc, raw = jnp.split(outputs, 2, -1)
+        spread = 0.5 * (MAX_LOG_STD - MIN_LOG_STD)
+        self._law = TanhNormal(loc, jnp.exp(MIN_LOG_STD + spread * (jnp.tanh(raw) + 1.0)))
+
+    def sample(self, key: Key) -> Array:
+        """Draw encoded actions [..., A]."""
+        if isinstance(self._law, Categorical):
+            return _hot(self._law, self._law.sample(key))
+        return self._law.sample(key)
+
+    def mode(self) -> Array:
+        """Return the encoded action [..., A] to take without exploration."""
+        if isinstance(self._law, Categorical):
+            return _hot(self._law, self._law.mode())
+        return self._law.mode()
+
+    def choices(self, key: Key) -> Choices:
+        """Return one reparameterized draw of a Gaussian, S = 1, or all S = A categories."""
+        if isinstance(self._law, Categorical):
+            log_prob = jax.nn.log_softmax(self._law.logits, -1)
+            every = jnp.eye(log_prob.shape[-1])
+            action = jnp.broadcast_to(every, (*log_prob.shape[:-1], *every.shape))
+            return Choices(action, log_prob, jnp.exp(log_prob))
+        action, log_prob = self._law.sample_and_log_prob(key)
+        log_prob = log_prob.sum(-1)[..., None]
+        return Choices(action[..., None, :], log_prob, jnp.ones_like(log_prob))
 
 
 def explore(

@@ -113,6 +113,21 @@ def check_one_player(spec: EnvSpec, agent: str) -> None:
         )
 
 
+def check_no_images(spec: EnvSpec, agent: str) -> None:
+    """Refuse observations with images for an agent without an encoder.
+
+    Raises:
+      ValueError: naming the observation and `agent`.
+    """
+    for path, leaf in leaves(spec.observation):
+        if isinstance(leaf, Box) and len(leaf.shape) >= 3:
+            raise ValueError(
+                f"observation {path or spec.id}: {agent} expected vectors, got an image of shape "
+                f"{leaf.shape}; use an agent with an encoder (dreamer, muzero, ppo), or a vector "
+                "observation"
+            )
+
+
 def finite_bounds(space: Box, name: str) -> tuple[Array, Array]:
     """Return `(low, high)` as float32 arrays `[*shape]`.
 

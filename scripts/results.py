@@ -34,7 +34,10 @@ from scripts.speed import cores_text, speed
 Row = dict[str, Any]
 IDENTITY = ("benchmark", "task", "agent", "setting", "steps", "metric")
 
-TITLES = {"pets": "PETS", "dreamer": "Dreamer", "muzero": "MuZero", "ppo": "PPO"}
+TITLES = {
+    "pets": "PETS", "dreamer": "Dreamer", "muzero": "MuZero", "ppo": "PPO", "mbpo": "MBPO",
+    "sac": "SAC",
+}  # fmt: skip
 ALIKE = ("seeds", "versions", "log_every", "save_every", "eval_episodes")
 """Settings in which runs of one result may differ."""
 
@@ -76,6 +79,8 @@ TARGETS = {
     ("muzero", "device/TicTacToe", 150_000, "--eval-env", "device/TicTacToePerfect"): Target(
         0.0, every_seed=True
     ),
+    ("mbpo", "Pendulum-v1", 2_500): Target(-180.0),
+    ("mbpo", "InvertedPendulum-v5", 3_000): Target(1_000.0, every_seed=True),
     ("ppo", "device/CartPole", 100_000, "--eval-env", "CartPole-v1"): Target(475.0),
     ("ppo", "device/Pendulum", 50_000, *_PENDULUM_LABELS): Target(-200.0, every_seed=True),
     ("pets", "Pendulum-v1", 4_000, *_PETS_LABELS): Target(-250.0),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mbrl import spaces
-from mbrl.imagination import Dream, imagine, imagined_targets
+from mbrl.imagination import Dream, branches, imagine, imagined_targets, rollout_length
 from mbrl.losses.policy_gradient import reinforce_loss
 from mbrl.mdp import penalized
 from mbrl.policies import Policy
@@ -212,3 +212,77 @@ def test_an_actor_learns_by_likelihood_ratios_and_not_through_its_samples(space:
     ]
     np.testing.assert_allclose(got, slopes, rtol=1e-3, atol=1e-5)
     assert np.abs(slopes).min() > 1e-3
+
+
+def walk() -> MDP:
+    """x' = x + a, reward x; over where 4 is reached, and no number beyond 100."""
+    spec = EnvSpec("walk", spaces.box(-np.inf, np.inf, (1,)), PUSH)
+
+    def init(params: Any, key: Any, obs: Any = None, batch: int = 1) -> Any:
+        return obs
+
+    def step(params: Any, key: Any, state: Any, action: Any) -> Any:
+        after = state + action
+        after = jnp.where(after > 100.0, jnp.nan, after)
+        discount = jnp.where(after[:, 0] == 4.0, 0.0, 1.0)
+        return after, Outcome(state[:, 0], discount, None)
+
+    return MDP(init, step, lambda params, state: state, spec)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_branches_end_with_their_length_with_a_predicted_end_and_with_the_numbers(length) -> None:
+    begin = jnp.array([[0.0], [2.0], [3.0], [99.0]])
+
+    @jax.jit
+    def run(length: Any) -> Any:
+        return branches(
+            walk(), None, KEY, begin, lambda key, obs: jnp.ones_like(obs), length, longest=4
+        )
+
+    data, counts = run(jnp.asarray(length))
+    shaped = jax.tree.map(lambda x: np.asarray(x).reshape(4, 4, *x.shape[1:]), (data, counts))
+    data, counts = shaped
+    # 0 meets 4 with its fourth step, 2 with its second, 3 with its first, 99 has one good step.
+    left = {0: 4, 1: 2, 2: 1, 3: 1}
+    for branch, steps in left.items():
+        wanted = min(steps, length)
+        assert counts[:, branch].tolist() == [t < wanted for t in range(4)]
+        for t in range(wanted):
+            at = float(begin[branch, 0]) + t
+            assert data.obs[t, branch, 0] == data.reward[t, branch] == at
+            assert data.next_obs[t, branch, 0] == at + 1.0
+            assert data.is_terminal[t, branch] == float(at + 1.0 == 4.0)
+
+
+def test_an_end_that_is_likely_ends_as_many_branches() -> None:
+    begin = {"x": jnp.zeros((4000, 1))}
+    mdp = walk()
+
+    def step(params: Any, key: Any, state: Any, action: Any) -> Any:
+        after, outcome = mdp.step(params, key, state, action)
+        return after, outcome._replace(discount=jnp.full(4000, 0.75))
+
+    data, counts = branches(
+        mdp._replace(step=step), None, KEY, begin["x"], lambda key, obs: 0.0 * obs, 3, 3
+    )
+    shares = np.asarray(counts).reshape(3, 4000).mean(1)
+    np.testing.assert_allclose(shares, [1.0, 0.75, 0.5625], atol=0.03)
+    np.testing.assert_allclose(data.is_terminal, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("step", "length"),
+    [(0, 1), (20_000, 1), (25_714, 1), (25_715, 2), (60_000, 8), (99_999, 14), (100_000, 15),
+     (1_000_000, 15)],
+)  # fmt: skip
+def test_rollouts_grow_along_a_line_in_whole_steps(step, length) -> None:
+    # 14 steps over 80,000: one more every 5,714.3.
+    assert int(rollout_length(jnp.asarray(step), (20_000, 100_000), (1, 15))) == length
+
+
+def test_rollouts_may_shrink_and_jump() -> None:
+    assert [int(rollout_length(jnp.asarray(s), (10, 30), (5, 1))) for s in (0, 19, 20, 30)] == [
+        5, 4, 3, 1,
+    ]  # fmt: skip
+    assert [int(rollout_length(jnp.asarray(s), (10, 10), (1, 3))) for s in (9, 10, 11)] == [1, 1, 3]

@@ -1,0 +1,195 @@
+"""MBPO: SAC on short rollouts of a learned model that branch off from what has been recorded.
+
+Reference: Janner et al. 2019 (arXiv:1906.08253); pessimistic rewards after Yu et al. 2020 (MOPO,
+arXiv:2005.13239).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from agents.sac import (
+    LearnerConfig,
+    RewardFn,
+    SACState,
+    choose,
+    make_learner,
+    rewarded,
+    summary,
+)
+from mbrl import normalization, replay, spaces
+from mbrl.imagination import branches, rollout_length
+from mbrl.losses.policy_gradient import average
+from mbrl.mdp import SplitParams, penalized, with_reward
+from mbrl.mixing import mixed, pool
+from mbrl.models.fitted_ensemble import (
+    EnsembleConfig,
+    FittedEnsemble,
+    Fitter,
+    build_ensemble,
+    ensemble_optimizer,
+    fit_ensemble,
+    init_ensemble,
+)
+from mbrl.models.reward import given_reward
+from mbrl.networks.observation import vector_of
+from mbrl.settings import check_whole, check_within
+from mbrl.types import (
+    Agent,
+    Array,
+    Batch,
+    EnvSpec,
+    Key,
+    Metrics,
+    Mode,
+    Network,
+    SampleSpec,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MBPOConfig(EnsembleConfig):
+    """Settings of MBPO; sources are the paper (P) or measured on small tasks here (M)."""
+
+    members: int = 7
+    """Networks in the ensemble N (P)."""
+    elites: int = 5
+    """Members that predict, best on held-out data first (P)."""
+    length: tuple[int, int] = (1, 1)
+    """Steps of a rollout, before and after `schedule` (P: 1 to 25 by task)."""
+    schedule: tuple[int, int] = (20_000, 100_000)
+    """Environment steps between which the length grows along a line (P: Hopper)."""
+    rollouts: int = 10_000
+    """Rollouts per model update, which the next one forgets (P: 100,000)."""
+    real_ratio: float = 0.05
+    """Share of recorded transitions in what actor and critics learn from (P)."""
+    penalty: float = 0.0
+    """Reward subtracted per standard deviation of model disagreement (MOPO); < 0 is optimism."""
+    train_ratio: float = 20.0
+    """Updates of actor and critics per environment step (P: 10 to 40)."""
+    random_steps: int = 500
+    """Environment steps of uniform actions before the first update (P: 5,000)."""
+    train_every: int = 250
+    """Environment steps between updates, of the model and of what learns from it (P)."""
+    capacity: int = 10_000
+    """Records kept in replay."""
+    sac: LearnerConfig = LearnerConfig()
+    """Actor and critics."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole(self, "rollouts", "train_every", "capacity", "random_steps")
+        check_within(self, "real_ratio", 0, 1)
+        check_within(self, "train_ratio", 0, ends="(]")
+        if min(self.length) < 1:
+            raise ValueError(
+                f"length must be at least 1 step, got {self.length}; pass for example --length 1 1"
+            )
+        if not 0 <= self.schedule[0] <= self.schedule[1]:
+            raise ValueError(
+                f"schedule must be two numbers of environment steps in order, got {self.schedule}; "
+                "pass for example --schedule 20000 100000"
+            )
+
+
+class MBPOState(NamedTuple):
+    """Everything MBPO learns."""
+
+    ensemble: FittedEnsemble
+    sac: SACState
+    calls: Array
+    """Updates so far, from which the length of rollouts follows."""
+
+
+def make_mbpo(
+    spec: EnvSpec,
+    config: MBPOConfig = MBPOConfig(),
+    network: Callable[[int], Network] | None = None,
+    reward_fn: RewardFn | None = None,
+) -> Agent:
+    """Build the agent.
+
+    Args:
+      spec: spaces of the task: observations without images; Discrete or bounded Box actions, or a
+        mapping of Boxes.
+      config: see `MBPOConfig`. Float fields may be traced, except `train_ratio`.
+      network: `(out) -> Network` of one member of the model, to replace the default MLP.
+      reward_fn: known reward `(obs, action, next_obs) -> [B]`, to learn from instead of the
+        recorded one.
+
+    Raises:
+      ValueError: for tasks that MBPO cannot act in, and impossible settings.
+    """
+    learner = make_learner(spec, config.sac, "MBPO")
+    model = build_ensemble(spec, config, network)
+    uses_penalty = not (isinstance(config.penalty, float) and config.penalty == 0.0)
+    mdp = model.mdp(config.propagation, uncertainty=uses_penalty)
+    mdp = mdp if reward_fn is None else with_reward(mdp, given_reward(reward_fn))
+    mdp = penalized(mdp, config.penalty) if uses_penalty else mdp
+    optimizer = ensemble_optimizer(config)
+    num_updates = max(1, round(config.train_ratio * config.train_every))
+
+    def init(key: Key) -> MBPOState:
+        model_key, sac_key = jax.random.split(key)
+        ensemble = init_ensemble(model, optimizer, model_key)
+        return MBPOState(ensemble, learner.init(sac_key), jnp.zeros((), jnp.int32))
+
+    def act(
+        state: MBPOState, carry: Any, obs: Any, is_first: Array, key: Key, mode: Mode
+    ) -> tuple[Any, Any, Any]:
+        return choose(spec, learner, state.sac, obs, is_first, key, mode), carry, ()
+
+    def update(state: MBPOState, batch: Batch, key: Key) -> tuple[MBPOState, Metrics, None]:
+        model_key, ending_key, start_key, branch_key, learn_key = jax.random.split(key, 5)
+        data, valid = replay.transitions(batch)
+        data = rewarded(data, reward_fn)
+        num_envs, rows = batch.valid.shape
+        holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
+        ensemble, metrics = fit_ensemble(
+            model, config, state.ensemble, Fitter(optimizer, data, valid & holdout), valid,
+            model_key, ending_key,
+        )  # fmt: skip
+        sac = state.sac
+        if config.sac.normalize_obs:
+            seen = vector_of(spec.observation, data.obs)
+            sac = sac._replace(obs=normalization.fit(seen, valid))
+
+        real = pool(data._replace(is_terminal=data.is_terminal.astype(jnp.float32)), valid)
+        starts = real.draw(start_key, config.rollouts).obs
+        steps = config.random_steps + state.calls * config.train_every
+        length = rollout_length(steps, config.schedule, config.length)
+        params = ensemble.model if reward_fn is None else SplitParams(ensemble.model, None)
+        found, counts = branches(
+            mdp, params, branch_key, starts, policy_of(sac), length, max(config.length)
+        )
+        imagined = pool(found, counts & (real.count > 0))
+
+        def learn(sac: SACState, key: Key) -> tuple[SACState, Metrics]:
+            draw_key, key = jax.random.split(key)
+            part, weight = mixed(real, imagined, draw_key, config.sac.batch_size, config.real_ratio)
+            return learner.learn(sac, part, weight, key)
+
+        sac, learned = jax.lax.scan(learn, sac, jax.random.split(learn_key, num_updates))
+        weight = counts.astype(jnp.float32)
+        metrics |= summary(sac, learned) | {
+            "imagined/length": length.astype(jnp.float32),
+            "imagined/transitions": weight.sum(),
+            "imagined/reward": average(found.reward, weight),
+            "imagined/ended": average(found.is_terminal, weight),
+            "replay/reward": average(data.reward, valid.astype(jnp.float32)),
+        }
+        return MBPOState(ensemble, sac, state.calls + 1), metrics, None
+
+    def policy_of(sac: SACState) -> Callable[[Key, Any], Any]:
+        def act(key: Key, obs: Any) -> Any:
+            return spaces.decode_action(spec.action, learner.policy(sac, obs).sample(key))
+
+        return act
+
+    sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
+    return Agent(init, lambda num_envs: (), act, update, sampling)

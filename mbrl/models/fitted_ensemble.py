@@ -1,0 +1,183 @@
+"""A probabilistic ensemble together with how it is fitted to the transitions of a replay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from mbrl import optim
+from mbrl.fitting import Fit, FitConfig, fit_members
+from mbrl.models.probabilistic import ProbabilisticEnsemble, Target, probabilistic_ensemble
+from mbrl.models.propagation import EnsembleState, Propagation
+from mbrl.settings import check_whole, check_within
+from mbrl.types import Array, EnvSpec, Key, Metrics, Network
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsembleConfig:
+    """Settings of the model; sources are the papers on PETS (P) and MBPO, or measured on small
+    tasks here (M).
+    """
+
+    members: int = 5
+    """Networks in the ensemble N (P)."""
+    elites: int = 5
+    """Members that predict, best on held-out data first (P: all)."""
+    hidden: tuple[int, ...] = (128, 128)
+    """Hidden layers of each member (P: 3 x 500 or 4 x 200; smaller for CPU, M)."""
+    propagation: Propagation = "ts1"
+    """How particles move through the ensemble: ts1, tsinf, mean or moment_matching (P)."""
+    targets: tuple[Target, ...] = ("delta",)
+    """What is predicted of the next observation: delta, absolute or angle (P); one for all
+    dimensions of the flattened observation, or one each."""
+    learn_bounds: bool = True
+    """Learn the log-variance bounds (P)."""
+    nll_beta: float = 0.0
+    """Weight rows of the likelihood by their variance to this power; 0.5 for contacts (M)."""
+    learning_rate: float = 5e-3
+    """Adam step size; weights are averaged, which allows a large one (P: 1e-3, M)."""
+    weight_decay: float = 5e-5
+    """Decoupled decay of the network kernels (P, per layer there)."""
+    clip_norm: float = 100.0
+    """Gradient norm above which a member's own gradient is scaled down (M)."""
+    batch_size: int = 64
+    """Transitions per member and gradient step (P: 32)."""
+    max_epochs: int = 50
+    """Passes over the data per model update at most (M)."""
+    patience: int = 5
+    """Epochs without held-out improvement after which a member stops (MBPO)."""
+    termination_epochs: int = 10
+    """Passes over the data per update of the termination model, which has no holdout (M)."""
+    holdout: float = 0.1
+    """Share of transitions that is held out (MBPO: 0.2)."""
+    bootstrap: bool = True
+    """Resample the data per member (P)."""
+    dtype: str = "float32"
+    """Precision of the matrix products, float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        check_whole(
+            self, "members", "elites", "batch_size", "max_epochs", "patience",
+            "termination_epochs",
+        )  # fmt: skip
+        check_within(self, "nll_beta", 0, 1)
+        check_within(self, "learning_rate", 0)
+        check_within(self, "weight_decay", 0)
+        check_within(self, "clip_norm", 0, ends="(]")
+        check_within(self, "holdout", 0, 1, "[)")
+        if self.elites > self.members:
+            raise ValueError(
+                f"elites must not exceed members, got {self.elites} > {self.members}; lower "
+                "elites or raise members"
+            )
+
+
+class FittedEnsemble(NamedTuple):
+    """An ensemble and the states of its optimizers."""
+
+    model: EnsembleState
+    opt_state: optax.OptState
+    termination_opt_state: optax.OptState
+
+
+def build_ensemble(
+    spec: EnvSpec, config: EnsembleConfig, network: Callable[[int], Network] | None = None
+) -> ProbabilisticEnsemble:
+    """Build the model that `config` describes; arguments as in `probabilistic_ensemble`."""
+    return probabilistic_ensemble(
+        spec, config.members, config.hidden, config.targets, config.elites,
+        config.learn_bounds, config.nll_beta, network, config.dtype,
+    )  # fmt: skip
+
+
+def ensemble_optimizer(config: EnsembleConfig) -> optax.GradientTransformation:
+    """Build the optimizer of every part that is fitted; its members do not mix."""
+    return optim.apply_if_finite_counted(
+        optax.chain(
+            optim.clip_by_member_norm(config.clip_norm),
+            optax.adamw(
+                config.learning_rate, weight_decay=config.weight_decay, mask=optim.decay_mask
+            ),
+        )
+    )
+
+
+def fit_config(config: EnsembleConfig) -> FitConfig:
+    """Return how long members train that are stopped by held-out data."""
+    return FitConfig(
+        config.batch_size, config.max_epochs, config.patience, bootstrap=config.bootstrap
+    )
+
+
+class Fitter(NamedTuple):
+    """Fit the weights of one part of an agent to rows [M, ...]; `held` [M] are kept back."""
+
+    optimizer: optax.GradientTransformation
+    data: Any
+    held: Array
+
+    def __call__(
+        self, part: Any, params: Any, opt_state: Any, rows: Array, key: Key, config: FitConfig,
+        error: Any = None,
+    ) -> tuple[Any, Fit]:  # fmt: skip
+        """Return the parameters with fitted weights, and how the fit went."""
+        fit = fit_members(
+            lambda weights, rows: part.loss(weights, params, rows),
+            error and (lambda weights, rows, mask: error(weights, params, rows, mask)),
+            self.optimizer, params.weights, opt_state, self.data, rows, self.held, key, config,
+        )  # fmt: skip
+        return params._replace(weights=fit.weights), fit
+
+
+def init_ensemble(
+    model: ProbabilisticEnsemble, optimizer: optax.GradientTransformation, key: Key
+) -> FittedEnsemble:
+    """Draw the weights of a model, and start its optimizers."""
+    state = model.init(key)
+    ending = optimizer.init(state.termination.weights)
+    return FittedEnsemble(state, optimizer.init(state.weights), ending)
+
+
+def fit_ensemble(
+    model: ProbabilisticEnsemble, config: EnsembleConfig, state: FittedEnsemble, fit: Fitter,
+    valid: Array, model_key: Key, ending_key: Key,
+) -> tuple[FittedEnsemble, Metrics]:  # fmt: skip
+    """Fit dynamics and reward, then termination, and choose the elites.
+
+    Args:
+      model: the functions of the ensemble.
+      config: how it is fitted.
+      state: where it starts from.
+      fit: optimizer, transitions [M, ...] and which of them are held out.
+      valid: bool [M], rows that are transitions.
+      model_key: consumed.
+      ending_key: consumed.
+
+    Returns:
+      The fitted state, and metrics of `model/` and `termination/`.
+    """
+    train = valid & ~fit.held
+    params = model.standardize(state.model, fit.data, valid)
+    params, fitted = fit(
+        model, params, state.opt_state, train, model_key, fit_config(config), model.error
+    )
+    ending = model.termination.standardize(params.termination, fit.data, valid)
+    ending, ending_fit = fit(
+        model.termination, ending, state.termination_opt_state, valid & ending.unexplained,
+        ending_key, FitConfig(config.batch_size, config.termination_epochs, bootstrap=False),
+    )  # fmt: skip
+    elites = jnp.argsort(fitted.error)[: config.elites]
+    params = params._replace(elites=elites, termination=ending)
+    metrics = part_metrics("model", fitted.opt_state, fitted.metrics)
+    metrics |= part_metrics("termination", ending_fit.opt_state, ending_fit.metrics)
+    return FittedEnsemble(params, fitted.opt_state, ending_fit.opt_state), metrics
+
+
+def part_metrics(part: str, opt_state: Any, metrics: Metrics) -> Metrics:
+    """Name the metrics of a fit after the part that was fitted, with its skipped updates."""
+    found = {name.replace("model", part, 1): value for name, value in metrics.items()}
+    return found | optim.skipped(opt_state, part)
