@@ -95,7 +95,7 @@ def actor(name: str, mode: Any) -> Any:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_actions_go_where_the_reward_is(name):
-    report = trained(name)
+    report = trained(name, 600 if name == "both" else 300)  # two parts share the reward there
     assert all(np.isfinite(value).all() for value in report.metrics.values())
     act = actor(name, "greedy")
     obs = obs_of(name)
