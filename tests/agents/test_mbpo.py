@@ -169,8 +169,8 @@ def test_a_known_reward_replaces_the_recorded_one_everywhere():
 @pytest.mark.slow
 def test_what_is_preferred_is_learned_instead_of_the_reward():
     asked = PreferencesConfig(
-        labels=40, sessions=4, ask_every=80, segment=3, pool=2, members=2, hidden=(8,), updates=20,
-        batch_size=16,
+        labels=40, sessions=4, ask_every=80, segment=3, pool=2, members=2, hidden=(8,), updates=100,
+        batch_size=16, learning_rate=1e-2,
     )  # fmt: skip
 
     def factory(hyper: Any) -> Any:
@@ -220,6 +220,7 @@ def test_a_run_that_is_cut_ends_bit_for_bit(tmp_path):
     assert checkpoint.digest(run(160, restored.tree)) == checkpoint.digest(run(160))
 
 
+@pytest.mark.slow
 def test_records_alone_are_enough():
     record = jax.tree.map(lambda x: np.asarray(x)[0], trained().learner.ring.record)
     report = last(run_offline(factory_of(), SPEC, record, DriverConfig(8, interval=4)))

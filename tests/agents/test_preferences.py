@@ -240,6 +240,7 @@ def fitted(config: PreferencesConfig) -> Any:
         zero,
         zero,
         jnp.zeros(()),
+        normalization.empty(),
     )
     reward, _, metrics = fit_reward(config, model, optimizer, whole, jax.random.key(1))
     return model, reward, whole.comparisons, metrics
