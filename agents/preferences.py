@@ -25,7 +25,7 @@ from mbrl.preferences.ahead import aligned, cut, longer
 from mbrl.preferences.comparisons import Comparisons, add, empty, filled
 from mbrl.preferences.evaluation import accuracy, reward_correlation
 from mbrl.preferences.queries import QueryKind, ScheduleKind, schedule, select
-from mbrl.preferences.segments import draw, streams, successors
+from mbrl.preferences.segments import draw, steps_per_call, streams, successors
 from mbrl.preferences.teachers import TEACHERS, TeacherConfig, teach
 from mbrl.settings import check_whole, check_within
 from mbrl.types import (
@@ -144,9 +144,6 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
     labels = schedule(config.labels, config.sessions, config.rate, config.first)
     asked = int(labels.max())
     sampling = longer(agent.sampling, config.segment)
-    often = min(1.0, agent.sampling.every / STEPS)
-    config = dataclasses.replace(config, updates=max(1, round(often * config.updates)))
-    calls_per_session = max(1, round(config.ask_every / max(sampling.every, 1)))
     decay = optax.adamw(
         config.learning_rate, weight_decay=config.weight_decay, mask=optim.decay_mask
     )
@@ -196,11 +193,14 @@ def with_preferences(agent: Agent, spec: EnvSpec, config: PreferencesConfig) -> 
     def update(state: PreferencesState, batch: Batch, key: Key) -> tuple[Any, Metrics, Any]:
         ask_key, fit_key, agent_key = jax.random.split(key, 3)
         _check_time(batch.valid.shape[-1], config)
+        steps = steps_per_call(agent.sampling, batch)
+        calls_per_session = max(1, round(config.ask_every / steps))
+        gradients = max(1, round(config.updates * min(1.0, steps / STEPS)))
         due = (state.calls % calls_per_session == 0) & (state.session < config.sessions)
         due = due & (state.pending.size == 0)
         state = jax.lax.cond(due, ask, lambda state, *_: state, state, batch, ask_key)
         state = meet(model, state)
-        reward, opt_state, fitted = fit_reward(config, model, optimizer, state, fit_key)
+        reward, opt_state, fitted = fit_reward(config, model, optimizer, state, fit_key, gradients)
         batch, metrics = relabel(config, model, reward, batch, agent.sampling.kind == "all")
         seen = cut(batch, agent.sampling)
         inner, learned, feedback = agent.update(state.agent, seen, agent_key)
@@ -237,9 +237,10 @@ def score(model: RewardModel, state: RewardState, segments: Transition) -> Array
 
 
 def fit_reward(
-    config: PreferencesConfig, model: RewardModel, optimizer: Any, state: PreferencesState, key: Key
-) -> tuple[RewardState, optax.OptState, Metrics]:
-    """Fit the heads to all answers so far, and put them on one scale.
+    config: PreferencesConfig, model: RewardModel, optimizer: Any, state: PreferencesState,
+    key: Key, gradients: int,
+) -> tuple[RewardState, optax.OptState, Metrics]:  # fmt: skip
+    """Fit the heads to all answers so far by some gradients, and put them on one scale.
 
     Returns:
       The reward model, whose heads have mean 0 and deviation 1 over all labelled segments,
@@ -270,7 +271,7 @@ def fit_reward(
         updates, opt_state = optimizer.update(grads, opt_state, weights)
         return (cast(Params, optax.apply_updates(weights, updates)), opt_state), error
 
-    start, keys = (reward.weights, state.opt_state), jax.random.split(key, config.updates)
+    start, keys = (reward.weights, state.opt_state), jax.random.split(key, gradients)
     (weights, opt_state), errors = jax.lax.scan(learn, start, keys)
     reward = reward._replace(weights=weights)
     given = score(model, reward, answers.segments)  # [N, Q, K, L]

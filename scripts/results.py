@@ -54,6 +54,10 @@ _PETS_LABELS = (
     "--preferences.labels 100 --preferences.sessions 8 --preferences.ask-every 400 "
     "--preferences.segment 25"
 ).split()
+_SAC_LABELS = (
+    "--preferences.labels 200 --preferences.sessions 10 --preferences.ask-every 2000 "
+    "--preferences.updates 25 --eval-env Pendulum-v1"
+).split()
 TARGETS = {
     ("pets", "Pendulum-v1", 1_000): Target(-250.0),
     ("pets", "Pendulum-v1", 2_000): Target(-180.0),
@@ -83,6 +87,7 @@ TARGETS = {
     ("mbpo", "InvertedPendulum-v5", 3_000): Target(1_000.0, every_seed=True),
     ("ppo", "device/CartPole", 100_000, "--eval-env", "CartPole-v1"): Target(475.0),
     ("ppo", "device/Pendulum", 50_000, *_PENDULUM_LABELS): Target(-200.0, every_seed=True),
+    ("sac", "device/Pendulum", 20_000, *_SAC_LABELS): Target(-200.0, every_seed=True),
     ("pets", "Pendulum-v1", 4_000, *_PETS_LABELS): Target(-250.0),
 }
 """By agent, environment, steps per seed, and the flags that differ from the preset."""

@@ -5,7 +5,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mbrl.types import Array, Batch, Key, Record, Transition
+from mbrl.types import Array, Batch, Key, Record, SampleSpec, Transition
+
+
+def steps_per_call(sampling: SampleSpec, batch: Batch) -> int:
+    """Count the environment steps between two batches, from what was asked for and what came.
+
+    Where one step of all environments holds several calls' worth of them there is one call with
+    so many more minibatches.
+    """
+    if sampling.kind == "sequences":
+        return max(1, sampling.every) * (batch.valid.shape[0] // sampling.updates)
+    return max(sampling.every, batch.valid.shape[0])
 
 
 def streams(batch: Batch, ring: bool = False) -> tuple[Record, Array]:

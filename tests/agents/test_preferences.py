@@ -27,7 +27,7 @@ from mbrl.models.reward import reward_model
 from mbrl.preferences.comparisons import add, empty, filled
 from mbrl.preferences.teachers import TEACHERS, TeacherConfig
 from mbrl.training.device import run_device
-from mbrl.training.learner import DriverConfig, Report
+from mbrl.training.learner import DriverConfig, Report, per_call
 from mbrl.types import MDP, Agent, Batch, Discrete, EnvSpec, Outcome, Record, SampleSpec, Transition
 
 SPEC = EnvSpec("drift", spaces.box(-np.inf, np.inf, (2,)), spaces.box(-1.0, 1.0, (1,)), 12)
@@ -53,7 +53,7 @@ def drift(scale: float = 1.0, shift: float = 0.0) -> MDP:
     return MDP(init, step, lambda params, state: state, SPEC)
 
 
-def spy(sampling: SampleSpec) -> Agent:
+def spy(sampling: SampleSpec, rows: int = 2) -> Agent:
     """Act at random; keep what the last update was given."""
 
     def shown(batch: Batch) -> Any:
@@ -71,7 +71,7 @@ def spy(sampling: SampleSpec) -> Agent:
         return shown(batch), {"inner": jnp.zeros(())}, feedback
 
     def init(key: Any) -> Any:
-        lead = {"latest": (4, 20), "all": (4, 100), "sequences": (2, 16, 6)}[sampling.kind]
+        lead = {"latest": (4, 20), "all": (4, 100), "sequences": (rows, 16, 6)}[sampling.kind]
         return {"obs": jnp.zeros((*lead, 2)), "reward": jnp.zeros(lead),
                 "valid": jnp.zeros(lead, bool), "latent": jnp.zeros(lead)}  # fmt: skip
 
@@ -173,21 +173,45 @@ def test_the_gap_is_zero_on_what_was_labelled_and_grows_with_what_is_overrated()
 def test_heads_of_agents_that_learn_at_every_step_learn_as_much_per_step():
     config = dataclasses.replace(SMALL, updates=100)
     counts = []
-    for every in (1, 80, 200):
+    for every, num_envs in ((1, 1), (1, 5), (80, 1), (200, 1)):
         sampling = SampleSpec("sequences", 400, 80, every, batch_size=16, length=6)
         agent = with_preferences(spy(sampling), SPEC, config)
         state = jax.eval_shape(agent.init, jax.random.key(0))
-        lead, flag = (1, 16, 7), jnp.zeros((1, 16, 7), bool)
+        batches = per_call(agent.sampling, num_envs).updates
+        lead = (batches, 16, 7)
+        flag = jnp.zeros(lead, bool)
         record = Record(
             jnp.zeros((*lead, 2)), jnp.zeros((*lead, 1)), jnp.zeros(lead), flag, flag, flag,
             {"latent": jnp.zeros(lead)},
         )  # fmt: skip
-        batch = Batch(record, flag, jnp.zeros((1, 16, 2), int))
+        batch = Batch(record, flag, jnp.zeros((batches, 16, 2), int))
         program = jax.make_jaxpr(agent.update)(state, batch, jax.random.key(0))
         scans = [e.params["length"] for e in program.eqns if e.primitive.name == "scan"]
         counts.append(scans)
-    assert [2 in counts[0], 100 in counts[1], 100 in counts[2]] == [True] * 3
-    assert 100 not in counts[0]
+    expected = (2, 10, 100, 100)
+    assert [n in found for n, found in zip(expected, counts, strict=True)] == [True] * 4
+    assert not {10, 100} & set(counts[0])
+
+
+def test_sessions_come_by_the_steps_of_all_environments():
+    asked = dataclasses.replace(SMALL, labels=20, sessions=2, first=0.0, ask_every=160)
+    driver = DriverConfig(240, 4, (0,), interval=80)
+    for every in (1, 80):
+        sampling = SampleSpec("sequences", 400, 80, every, batch_size=16, length=6)
+
+        def factory(hyper: Any, sampling: SampleSpec = sampling) -> Agent:
+            return with_preferences(
+                spy(sampling, rows=4 if sampling.every == 1 else 1), SPEC, asked
+            )
+
+        labels = [
+            float(report.metrics["preferences/labels"][0])
+            for report in run_device(factory, drift(), driver)
+            if report.metrics
+        ]
+        # The second session comes 160 steps after the first, which the warm-up of 80 ends with.
+        assert labels[0] < 20, every
+        assert labels[-1] == 20, every
 
 
 def test_a_teacher_errs_as_often_as_was_asked_for():
@@ -242,7 +266,9 @@ def fitted(config: PreferencesConfig) -> Any:
         jnp.zeros(()),
         normalization.empty(),
     )
-    reward, _, metrics = fit_reward(config, model, optimizer, whole, jax.random.key(1))
+    reward, _, metrics = fit_reward(
+        config, model, optimizer, whole, jax.random.key(1), config.updates
+    )
     return model, reward, whole.comparisons, metrics
 
 
