@@ -28,6 +28,9 @@ from scripts.curves import Curve, Run, curve, load
 from scripts.figures import COLOURS, STYLE, finish
 
 TRAIN, EVAL = "episode_return", "eval/return_mean"
+DOTTED = 2
+"""Runs in a figure beyond which single episodes are not shown: they would hide the curves."""
+
 PANEL_WORDS = ("holdout", "loss", "error")
 
 
@@ -164,7 +167,7 @@ def draw(runs: Sequence[Run], out: Path, title: str = "", window: int = 10) -> N
         grid = figure.add_gridspec(max(len(small), 1), len(columns), width_ratios=columns)
         main_axes = figure.add_subplot(grid[:, 0])
         for colour, one in zip(_colours(len(runs)), runs, strict=True):
-            _draw_returns(main_axes, one, colour, window)
+            _draw_returns(main_axes, one, colour, window, dots=len(runs) <= DOTTED)
         main_axes.set(xlabel="environment steps", ylabel="return")
         finish(main_axes)
         if main_axes.get_legend_handles_labels()[1]:
@@ -184,12 +187,12 @@ def _colours(number: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(number)]
 
 
-def _draw_returns(axes: Any, one: Run, colour: str, window: int) -> None:
+def _draw_returns(axes: Any, one: Run, colour: str, window: int, dots: bool) -> None:
     training, evaluation = one.series.get(TRAIN), one.series.get(EVAL)
     count = len(evaluation or training or {})
     label = one.label if count == 1 else f"{one.label} ({count} seeds)"
     if training:
-        for steps, values in training.values():
+        for steps, values in training.values() if dots else ():
             axes.plot(steps, values, ".", ms=5, color=colour, alpha=0.25, mew=0)
         shortest = min(len(values) for _, values in training.values())
         line = curve(list(training.values()), max(1, min(window, shortest // 10)))

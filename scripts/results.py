@@ -58,6 +58,12 @@ _SAC_LABELS = (
     "--preferences.labels 200 --preferences.sessions 10 --preferences.ask-every 2000 "
     "--preferences.updates 25 --eval-env Pendulum-v1"
 ).split()
+_CHEETAH_LABELS = (
+    "--preferences.labels 700 --preferences.sessions 50 --preferences.ask-every 5000 "
+    "--preferences.first 0.1 --preferences.segment 30 --preferences.updates 20"
+).split()
+CHEETAH = 3380.0
+"""What PPO reaches in HalfCheetah-v5 after 300,000 steps with the true reward."""
 TARGETS = {
     ("pets", "Pendulum-v1", 1_000): Target(-250.0),
     ("pets", "Pendulum-v1", 2_000): Target(-180.0),
@@ -87,6 +93,7 @@ TARGETS = {
     ("mbpo", "InvertedPendulum-v5", 3_000): Target(1_000.0, every_seed=True),
     ("ppo", "device/CartPole", 100_000, "--eval-env", "CartPole-v1"): Target(475.0),
     ("ppo", "device/Pendulum", 50_000, *_PENDULUM_LABELS): Target(-200.0, every_seed=True),
+    ("ppo", "HalfCheetah-v5", 300_000, *_CHEETAH_LABELS): Target(0.8 * CHEETAH),
     ("sac", "device/Pendulum", 20_000, *_SAC_LABELS): Target(-200.0, every_seed=True),
     ("pets", "Pendulum-v1", 4_000, *_PETS_LABELS): Target(-250.0),
 }
