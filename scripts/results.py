@@ -55,8 +55,8 @@ _PETS_LABELS = (
     "--preferences.segment 25"
 ).split()
 _SAC_LABELS = (
-    "--preferences.labels 200 --preferences.sessions 10 --preferences.ask-every 2000 "
-    "--preferences.updates 25 --eval-env Pendulum-v1"
+    "--preferences.labels 200 --preferences.sessions 10 --preferences.ask-every 500 "
+    "--eval-env Pendulum-v1"
 ).split()
 _CHEETAH_LABELS = (
     "--preferences.labels 700 --preferences.sessions 50 --preferences.ask-every 5000 "

@@ -15,6 +15,8 @@ from agents.ppo import PPOConfig, make_ppo, ppo_loss, rollout_of
 from mbrl import normalization, policies, replay, spaces
 from mbrl.mdp import episodic, timestep, with_resets
 from mbrl.models.probabilistic import probabilistic_ensemble
+from mbrl.models.rssm import rssm
+from mbrl.models.rssm_networks import RSSMConfig
 from mbrl.networks.actor_critic import ActorCritic, evaluate
 from mbrl.networks.observation import prepare
 from mbrl.policies import Policy
@@ -319,19 +321,27 @@ def test_seeds_share_a_program_and_nothing_else():
     )  # fmt: skip
 
 
-def test_a_learned_model_is_a_task_as_well():
+@pytest.mark.parametrize("kind", ["ensemble", "latent"])
+def test_a_learned_model_is_a_task_as_well(kind):
     spec = TASKS["reach"]
-    ensemble = probabilistic_ensemble(spec, num_members=2, hidden=(8,))
     starts = jnp.array([[0.5, -0.5], [0.25, 0.0]])
-    mdp = with_resets(ensemble.mdp("ts1"), starts)
+    if kind == "ensemble":
+        ensemble = probabilistic_ensemble(spec, num_members=2, hidden=(8,))
+        inner, params = ensemble.mdp("ts1"), ensemble.init(KEY)
+    else:
+        latent = rssm(spec, RSSMConfig(deter=16, hidden=8, units=8, stoch=4, classes=4))
+        inner, params = latent.mdp, latent.init(KEY)
+    mdp = with_resets(inner, starts)
     driver = DriverConfig(96, 4, (0,), interval=32)
-    params = ensemble.init(KEY)
     reports = run_device(lambda hyper: make_ppo(spec, TINY), mdp, driver, params=params)
     report = collections.deque(reports, maxlen=1).pop()
     assert float(report.metrics["policy/first_ratio"][0]) < 1e-5
     record = jax.tree.map(lambda x: np.asarray(x[0]), report.learner.ring.record)
     begun = record.obs[record.is_first]
     assert len(begun) >= 4
+    if kind == "latent":  # what is seen is what the model decodes
+        assert len({tuple(obs) for obs in record.obs.reshape(-1, 2).tolist()}) > 8
+        return
     assert {tuple(obs) for obs in begun.tolist()} <= {(0.5, -0.5), (0.25, 0.0)}
     assert np.abs(record.reward[~record.is_first]).max() > 0.0
 
