@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from agents import AGENTS
 from agents.pets import PETSConfig
 from mbrl.training import checkpoint
 from mbrl.training.learner import DriverConfig, start_learners
@@ -260,7 +261,7 @@ def test_settings_that_cannot_work_are_refused_before_the_run_begins(argv, words
 
 def test_an_unknown_agent_is_refused_with_the_known_ones(capsys):
     assert call("train", "pest", "--env", "CartPole-v1") == 2
-    assert "got 'pest', agents: dreamer, muzero, pets" in capsys.readouterr().err
+    assert f"got 'pest', agents: {', '.join(AGENTS)}" in capsys.readouterr().err
     assert call("train") == 2
 
 
