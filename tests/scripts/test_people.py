@@ -141,3 +141,18 @@ def test_settings_of_preferences_are_part_of_a_run(tmp_path, capsys):
     assert (saved["labels"], saved["teacher"], saved["segment"]) == (9, "people", 4)
     assert train(out, "--steps", "64", "--preferences.error", "0.2") == 2
     assert "preferences.error: 0.1 -> 0.2" in capsys.readouterr().err
+
+
+def test_episodes_and_evaluations_have_the_reward_of_the_environment(tmp_path):
+    out = tmp_path / "run"
+    # Whole numbers per step, and episodes of 200 of them: nothing that heads predict is like that.
+    task = ["--env", "device/CartPoleFixed", "--steps", "832", "--eval-episodes", "2"]
+    assert train(out, *task, "--preferences.teacher", "oracle", "--log-every", "64") == 0
+    lines = list(read(out))
+    learned = [line["preferences/reward"] for line in lines if "preferences/reward" in line]
+    assert any(value % 1.0 for value in learned)
+    played = [line["episode_return"] for line in lines if "episode_return" in line]
+    judged = json.loads((out / "evaluation.json").read_text())["seeds"]["0"]["returns"]
+    assert len(played) >= 4
+    assert len(judged) == 2
+    assert all(value % 1.0 == 0.0 and 0 < value <= 200 for value in [*played, *judged])
