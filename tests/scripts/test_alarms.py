@@ -39,6 +39,18 @@ def test_a_session_counts_once_however_often_it_is_reported(tmp_path: Path, caps
     assert capsys.readouterr().err == ""
 
 
+def test_reports_between_sessions_do_not_take_the_place_of_sessions(tmp_path: Path, capsys):
+    alarms = Alarms(tmp_path)
+    # 100 answers against 100 tell 90 % from 75 %; the two sessions that six reports hold do not.
+    for session in range(8):
+        for _ in range(3):
+            agreement = 0.9 if session < 4 else 0.75
+            alarms.check(
+                report(1, labels=[25 * session + 25], reward=[session], agreement=[agreement])
+            )
+    assert "falls from 90% to 75%" in capsys.readouterr().err
+
+
 def test_runs_without_preferences_and_before_the_first_update(tmp_path: Path, capsys):
     alarms = Alarms(tmp_path)
     alarms.check(report(1))
