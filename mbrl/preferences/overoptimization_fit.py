@@ -54,7 +54,9 @@ def fit_course(distance: Array, reward: Array, pursuit: Pursuit = "best_of_n") -
     rest = reward - (solution[0] * rises - solution[1] * falls)
     spread = jnp.sum(jnp.square(reward - reward.mean()))
     tiny = jnp.finfo(jnp.float32).tiny
-    return Course(*solution, 1.0 - jnp.sum(jnp.square(rest)) / jnp.maximum(spread, tiny))
+    return Course(
+        solution[0], solution[1], 1.0 - jnp.sum(jnp.square(rest)) / jnp.maximum(spread, tiny)
+    )
 
 
 def course_at(course: Course, distance: Array, pursuit: Pursuit = "best_of_n") -> Array:
