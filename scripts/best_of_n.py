@@ -44,8 +44,10 @@ RULES = ("single", "mean", "worst", "uwo")
 """How the scores of the members become one; 'single' is the mean over members of what each of
 them leads to alone."""
 UWO_COEF = 0.5
-CHUNK = 4096
+CHUNK = 512
 """Sequences that are scored at a time."""
+SAMPLE = 4096
+"""Sequences that rewards are normalized by; and pairs that accuracy is measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class BestOfNConfig:
     """Of AdamW, per unit of step size."""
     uniform: float = 0.0
     """Share of answers that the loss takes for random."""
-    sharpness: float = 1.5
+    sharpness: float = 1.4
     """Deviation of the weights of the true reward, times the root of their fan-in."""
 
     def __post_init__(self) -> None:
@@ -92,7 +94,7 @@ class BestOfNConfig:
 
 
 class Variant(NamedTuple):
-    """A way to train the proxies."""
+    """A way to train the proxies: passes over the pairs; each on a sample of them of its own."""
 
     passes: int
     bootstrap: bool
@@ -111,10 +113,9 @@ def main(argv: list[str]) -> int:
         "1 pass": Variant(1, False),
         f"{config.passes} passes, bootstrapped": Variant(config.passes, True),
     }
-    studies = {}
+    studies, one = {}, jax.jit(partial(study, config))
     for name, variant in variants.items():
-        one = jax.jit(partial(study, config, variant))
-        seeds = [one(jax.random.key(config.first_seed + i)) for i in range(config.seeds)]
+        seeds = [one(variant, jax.random.key(config.first_seed + i)) for i in range(config.seeds)]
         studies[name] = jax.tree.map(lambda *x: np.stack(x).astype(float), *seeds)
         alone, together = (studies[name][f"{x}_accuracy"].mean() for x in ("single", "ensemble"))
         print(f"{name}: accuracy {alone:.3f}, of the mean {together:.3f}", flush=True)
@@ -166,7 +167,7 @@ def study(config: BestOfNConfig, variant: Variant, key: Key) -> dict[str, Array]
     def proxies(tokens: Array) -> Array:
         return jax.vmap(score, (None, 0, None))(PROXY, members, tokens)
 
-    base = in_chunks(proxies, draw(jax.random.fold_in(pool_key, 0), (CHUNK,)))
+    base = in_chunks(proxies, draw(jax.random.fold_in(pool_key, 0), (SAMPLE,)))
     mean, std = base.mean(1, keepdims=True), base.std(1, keepdims=True)
 
     def normalized(tokens: Array) -> Array:
@@ -205,7 +206,7 @@ def make_gold(config: BestOfNConfig, key: Key) -> Any:
 
     trunk = jax.tree_util.tree_map_with_path(widen, GOLD.init(trunk_key))
     params = {"trunk": trunk, "head": head(head_key, GOLD.config.width)}
-    sample = score(GOLD, params, draw(sample_key, (CHUNK,)))
+    sample = score(GOLD, params, draw(sample_key, (SAMPLE,)))
     return lambda tokens: (score(GOLD, params, tokens) - sample.mean()) / sample.std()
 
 
@@ -228,7 +229,7 @@ def draw(key: Key, shape: tuple[int, ...]) -> Array:
 def make_pairs(config: BestOfNConfig, gold: Any, key: Key) -> tuple[Array, Array]:
     """Draw pairs [M, 2, T], labelled as better and worse; and others with clean labels."""
     keys = jax.random.split(key, 3)
-    pairs, held_out = draw(keys[0], (config.pairs, 2)), draw(keys[1], (CHUNK // 2, 2))
+    pairs, held_out = draw(keys[0], (config.pairs, 2)), draw(keys[1], (SAMPLE, 2))
     flipped = jax.random.bernoulli(keys[2], config.flips, (config.pairs,))
 
     def sort(pairs: Array, flipped: Array | bool) -> Array:
@@ -240,34 +241,34 @@ def make_pairs(config: BestOfNConfig, gold: Any, key: Key) -> tuple[Array, Array
 
 
 def train(config: BestOfNConfig, variant: Variant, pairs: Array, key: Key) -> Params:
-    """Fit one proxy to pairs."""
+    """Fit one proxy to pairs; the variant may be traced, so that all share one program."""
     trunk_key, head_key, sample_key, order_key = jax.random.split(key, 4)
-    width = PROXY.config.width
+    width, count, size = PROXY.config.width, len(pairs), config.batch_size
     params = {"trunk": PROXY.init(trunk_key), "head": head(head_key, width)}
-    count = pairs.shape[0]
-    if variant.bootstrap:
-        pairs = pairs[jax.random.randint(sample_key, (count,), 0, count)]
-    steps = count // config.batch_size
-    rows = jax.vmap(lambda key: jax.random.permutation(key, count)[: steps * config.batch_size])(
-        jax.random.split(order_key, variant.passes)
-    ).reshape(-1, config.batch_size)
-    rate = optax.linear_schedule(config.learning_rate, 0.0, len(rows))
+    sample = jax.random.randint(sample_key, (count,), 0, count)
+    pairs = jnp.where(variant.bootstrap, pairs[sample], pairs)
+    steps = variant.passes * (count // size)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, eps=1e-5, weight_decay=config.weight_decay),
+        optax.adamw(1.0, eps=1e-5, weight_decay=config.weight_decay),
     )
 
-    def loss(params: Params, rows: Array) -> Array:
-        tokens = pairs[rows].reshape(-1, pairs.shape[-1])
-        better, worse = score(PROXY, params, tokens).reshape(-1, 2).T
+    def loss(params: Params, tokens: Array) -> Array:
+        better, worse = score(PROXY, params, tokens.reshape(-1, tokens.shape[-1])).reshape(-1, 2).T
         return bradley_terry_nll(better, worse, uniform=config.uniform).mean()
 
-    def step(carry: Any, rows: Array) -> tuple[Any, None]:
+    def step(number: Array, carry: Any) -> Any:
         params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, rows), state, params)
-        return (optax.apply_updates(params, updates), state), None
+        turn, place = jnp.divmod(number, count // size)
+        order = jax.random.permutation(jax.random.fold_in(order_key, turn), count)
+        rows = jax.lax.dynamic_slice_in_dim(order, place * size, size)
+        updates, state = optimizer.update(jax.grad(loss)(params, pairs[rows]), state, params)
+        rate = config.learning_rate * (1.0 - number / steps)
+        updates = jax.tree.map(lambda x: rate * x, updates)
+        return optax.apply_updates(params, updates), state
 
-    return jax.lax.scan(step, (params, optimizer.init(params)), rows)[0][0]
+    start = params, optimizer.init(params)
+    return jax.lax.fori_loop(0, steps, step, start)[0]
 
 
 def in_chunks(fn: Any, tokens: Array) -> Array:
