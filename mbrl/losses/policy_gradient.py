@@ -34,9 +34,26 @@ def average(x: Array, weight: Array) -> Array:
     return jnp.sum(weight * x) / jnp.maximum(jnp.sum(weight), 1e-8)
 
 
-def whiten(x: Array, weight: Array) -> Array:
-    """Shift and scale `x` [...] to mean 0 and variance 1 where `weight` [...] counts it."""
-    return (x - average(x, weight)) * jax.lax.rsqrt(_variance(x, weight) + 1e-8)
+def whiten(x: Array, weight: Array, shift: bool = True, unbiased: bool = False) -> Array:
+    """Shift and scale `x` to mean 0 and variance 1 over what counts.
+
+    Args:
+      x: [...].
+      weight: [...] of each entry.
+      shift: without it the mean is left as it was, as rewards need: a constant would pay for
+        length.
+      unbiased: variance of a sample, `n / (n - 1)` times that of the population; the weights
+        then count entries.
+
+    Returns:
+      [...]; what does not count is transformed too.
+    """
+    mean, variance = average(x, weight), _variance(x, weight)
+    if unbiased:
+        count = jnp.sum(weight)
+        variance = variance * count / jnp.maximum(count - 1.0, 1.0)
+    scaled = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
+    return scaled if shift else scaled + mean
 
 
 def clipped_surrogate_loss(
