@@ -61,11 +61,32 @@ def token_log_probs(
     Raises:
       ValueError: see `response_logits`; and for a temperature of 0.
     """
+    logits = response_logits(model, params, tokens, mask, length)
+    return chosen_log_probs(logits, tokens[:, -length:], mask[:, -length:], temperature)
+
+
+def chosen_log_probs(
+    logits: Array, tokens: Array, mask: Array, temperature: float | Array = 1.0
+) -> Array:
+    """Read the log-probabilities of tokens off the logits that they were drawn from.
+
+    Args:
+      logits: [B, L, V] of the policy.
+      tokens: int32 [B, L].
+      mask: bool [B, L], real tokens.
+      temperature: that divides the logits.
+
+    Returns:
+      [B, L] in nats; 0 where the token is not real.
+
+    Raises:
+      ValueError: for a temperature of 0.
+    """
     if isinstance(temperature, int | float) and not temperature > 0.0:
         raise ValueError(
             f"temperature: got {temperature}, expected above 0; greedy tokens are certain, use the "
             "temperature that training is at"
         )
-    logits = response_logits(model, params, tokens, mask, length) / temperature
-    chosen = jnp.take_along_axis(logits, tokens[:, -length:, None], -1)[..., 0]
-    return jnp.where(mask[:, -length:], chosen - jax.nn.logsumexp(logits, -1), 0.0)
+    logits = logits / temperature
+    chosen = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    return jnp.where(mask, chosen - jax.nn.logsumexp(logits, -1), 0.0)
