@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -331,7 +332,7 @@ def transformer(config: TransformerConfig) -> Transformer:
         visible, turn = order & seen[:, None], turn_of(positions)
         x, layers = embed(params, tokens, positions), []
         for number, past in enumerate(cache.layers):
-            layer = jax.tree.map(lambda leaf: leaf[number], params["blocks"])
+            layer = jax.tree.map(itemgetter(number), params["blocks"])
             x, past = block.apply({"params": layer}, x, visible, turn, past, start)
             layers.append(past)
         return finish(params, x, tokens.shape), Cache(tuple(layers), seen, start + time)
