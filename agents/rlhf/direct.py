@@ -6,17 +6,27 @@ Reference: Rafailov et al. 2023 (arXiv:2305.18290).
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from agents.rlhf.stage import Stage, TuningConfig, descend, tuning
-from mbrl.losses.direct_preference import DirectKind, direct_preference_loss, sequence_log_prob
+from mbrl.losses.direct_preference import (
+    DirectKind,
+    direct_preference_loss,
+    kto_baseline,
+    kto_error,
+    sequence_log_prob,
+)
+from mbrl.losses.policy_gradient import average
 from mbrl.models.token import token_log_probs
 from mbrl.networks.transformer import Transformer
 from mbrl.settings import check_within
 from mbrl.text_batches import TextBatch
+from mbrl.text_rows import TokenRow
 from mbrl.types import Array, Key, Metrics, Params
 
 
@@ -51,8 +61,8 @@ class DirectGiven(NamedTuple):
 
 
 class DirectBatch(NamedTuple):
-    """Pairs, and how likely the reference finds them [B, 2]: it never changes, so that it is
-    evaluated once.
+    """Pairs, the chosen answer first, or single answers; and their log-probabilities [B, K] under
+    the reference, which never changes, so that it is evaluated once.
     """
 
     text: TextBatch
@@ -68,13 +78,8 @@ def make_direct(model: Transformer, config: DirectConfig = DirectConfig()) -> St
         return DirectState(weights, tuned.optimizer.init(weights))
 
     def loss(weights: Params, base: Params, batch: DirectBatch) -> tuple[Array, Metrics]:
-        text = chosen_first(batch.text)
-        log_prob = answer_log_probs(model, tuned.merge(base, weights), text)
-        weight = pair_weight(text)
-        return direct_preference_loss(
-            log_prob, batch.reference, config.kind, config.beta, config.smoothing,
-            text.response.sum(-1), weight=weight,
-        )  # fmt: skip
+        log_prob = answer_log_probs(model, tuned.merge(base, weights), batch.text)
+        return direct_loss(config, log_prob, batch)
 
     def step(
         state: DirectState, given: DirectGiven, batch: DirectBatch, key: Key
@@ -92,3 +97,41 @@ def make_direct(model: Transformer, config: DirectConfig = DirectConfig()) -> St
         return tuned.merge(given.base, state.weights)
 
     return Stage(init, step, result)
+
+
+def answer_log_probs(model: Transformer, params: Params, text: TextBatch) -> Array:
+    """Compute the log-probability of every answer, [B, K]: a sum over its tokens, with its end."""
+    rows = text.tokens.reshape(-1, text.tokens.shape[-1]), text.mask.reshape(-1, text.mask.shape[-1])
+    length = text.response.shape[-1]
+    log_prob = token_log_probs(model, params, *rows, length).reshape(text.response.shape)
+    return sequence_log_prob(log_prob, jnp.asarray(text.response))
+
+
+def direct_loss(config: DirectConfig, log_prob: Array, batch: DirectBatch) -> tuple[Array, Metrics]:
+    """Compute the loss of pairs [B, 2], or of single answers [B, 1] that were judged ('kto')."""
+    text = batch.text
+    weight = jnp.asarray(text.row >= 0, jnp.float32)
+    if log_prob.shape[1] == 2:
+        return direct_preference_loss(
+            log_prob, batch.reference, config.kind, config.beta, config.smoothing,
+            text.response.sum(-1), weight=weight,
+        )  # fmt: skip
+    log_ratio, good = (log_prob - batch.reference)[:, 0], text.rank[:, 0] == 0
+    baseline = kto_baseline(log_ratio, weight)
+    loss = average(kto_error(log_ratio, good, baseline, config.beta), weight)
+    metrics = {
+        "reward/good": config.beta * average(log_ratio, weight * good),
+        "reward/bad": config.beta * average(log_ratio, weight * ~good),
+        "kl": baseline,
+    }
+    return loss, metrics
+
+
+def pairs_of(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """List all pairs of answers that are not tied, the better one first."""
+    return [
+        TokenRow(row.prompt, (row.answers[i], row.answers[j]), (0, 1), row.margin)
+        for row in rows
+        for i, j in itertools.permutations(range(len(row.answers)), 2)
+        if row.rank[i] < row.rank[j]
+    ]
