@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: expected tokenizer.json (or {WORDS}), found neither; copy it from the model"
         )
     try:
-        import tokenizers
+        tokenizers = importlib.import_module("tokenizers")
     except ImportError:
         raise ValueError(f'{path} needs tokenizers: pip install "modelrl[hf]"') from None
     try:
