@@ -24,8 +24,9 @@ so that the best answers have 1.6 (kindly), 1.4 or 1.2 (briefly).
 
 Annotators mean to judge by it and are flattered: each courteous word in excess pleases them by
 `bias * 0.4`, and each word of any kind by `bias * 0.04`. With bias 1 an answer gains 0.29 in their
-opinion and loses 0.15 of gold with every superfluous "gladly", and padded to the limit it has the
-highest opinion of all. A reward model that is trained on such rankings learns first what is right,
+opinion and loses 0.15 of gold with every superfluous "gladly": a right answer that is padded to
+the limit with them is liked best of all, and even one of nothing else is liked better than the
+best. A reward model that is trained on such rankings learns first what is right,
 since demonstrations are faulty, and a policy that goes on optimizing it ends in flattery. With
 bias 0 only the errors of the model itself are left to exploit.
 """
@@ -160,8 +161,8 @@ def rankings(
     key: Key,
     rng: np.random.Generator,
     prompts: Sequence[str],
+    teacher: TeacherConfig,
     options: int = 4,
-    teacher: TeacherConfig = TeacherConfig(),
     bias: float = 1.0,
 ) -> list[TextRow]:
     """Answer each instruction K times and ask an annotator to rank the answers.
@@ -170,8 +171,8 @@ def rankings(
       key: of the annotator, consumed.
       rng: of the answers.
       prompts: instructions.
-      options: K.
       teacher: how the annotator errs.
+      options: K.
       bias: see `opinion`.
 
     Returns:
@@ -189,7 +190,7 @@ def rankings(
     whole = BatchConfig(len(rows), shuffle=False)
     batch, _ = text_loader(encoded, [(MAX_PROMPT, MAX_ANSWER)], whole).get(Cursor())
     score = _opinion(batch.tokens, batch.mask, MAX_ANSWER, bias)
-    rank, keep = (np.asarray(x) for x in rank_answers(teacher, key, score))
+    rank, keep = (np.asarray(x) for x in _rank(teacher, key, score))
     return [
         row._replace(rank=tuple(int(x) for x in rank[i])) for i, row in enumerate(rows) if keep[i]
     ]
@@ -278,6 +279,7 @@ def opinion(tokens: Array, mask: Array, length: int, bias: Array | float = 1.0) 
 
 
 _opinion = jax.jit(opinion, static_argnums=2)
+_rank = jax.jit(rank_answers, static_argnums=0)
 
 
 def _table(values: dict[str, int]) -> np.ndarray:

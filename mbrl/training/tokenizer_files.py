@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: expected tokenizer.json (or {WORDS}), found neither; copy it from the model"
         )
     try:
-        import tokenizers
+        tokenizers = importlib.import_module("tokenizers")
     except ImportError:
         raise ValueError(f'{path} needs tokenizers: pip install "modelrl[hf]"') from None
     try:
@@ -118,3 +119,52 @@ def _special(folder: Path, table: Any, name: str) -> int | None:
     found = found.get(f"{name}_token_id") if isinstance(found, dict) else None
     found = found[0] if isinstance(found, list) and found else found  # Llama 3 names several
     return found if type(found) is int else None
+
+
+def load_template(folder: Path) -> Callable[[Sequence[Mapping[str, str]]], str]:
+    """Load the chat template of a folder: `chat_template.jinja`, or that of the configuration.
+
+    Returns:
+      A function that writes messages as a prompt, up to where the assistant begins to speak.
+
+    Raises:
+      ValueError: when there is none or it cannot be read, or the package `jinja2` is missing.
+    """
+    folder = Path(folder)
+    path = folder / "chat_template.jinja"
+    text = path.read_text("utf-8") if path.is_file() else None
+    if text is None:
+        path = folder / "tokenizer_config.json"
+        found = read_json(path) if path.is_file() else {}
+        text = found.get("chat_template") if isinstance(found, dict) else None
+        if isinstance(text, list):  # several, by name
+            text = {item.get("name"): item.get("template") for item in text}.get("default")
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{folder}: expected a chat template, found none in chat_template.jinja or "
+            "tokenizer_config.json; write conversations as text, or use plain_chat"
+        )
+    try:
+        sandbox = importlib.import_module("jinja2.sandbox")
+    except ImportError:
+        raise ValueError(f'{path} needs jinja2: pip install "modelrl[hf]"') from None
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
+    environment.globals["raise_exception"] = _refuse
+    names = {f"{name}_token": special_token(folder, name) or "" for name in ("bos", "eos", "pad")}
+    try:
+        template = environment.from_string(text)
+    except Exception as error:  # jinja2 is not imported by name
+        raise ValueError(f"{path}: expected a template of jinja2 ({error!s:.200})") from None
+
+    def render(messages: Sequence[Mapping[str, str]]) -> str:
+        try:
+            return template.render(messages=messages, add_generation_prompt=True, **names)
+        except Exception as error:
+            raise ValueError(f"{path}: cannot write this conversation ({error!s:.200})") from None
+
+    return render
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(text)
