@@ -174,8 +174,9 @@ def apply_if_finite_counted(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> FiniteState:
-        zero = jnp.zeros((), jnp.int32)
-        return FiniteState(inner.init(params), zero, zero)
+        # An array each: a state that shares a buffer cannot be donated.
+        skipped, consecutive = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return FiniteState(inner.init(params), skipped, consecutive)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any

@@ -32,6 +32,7 @@ JOBS = {
     "sweep": "run a grid of training commands",
     "collect": "write the records of a run to a file, to train on them offline",
     "label": "say on a page in the browser which of two clips is better",
+    "rlhf": "language models from human feedback: sft, reward, ppo, dpo, and all of them",
     "bench": "measure speed on this machine",
     "doctor": "print versions, devices and known clashes",
 }

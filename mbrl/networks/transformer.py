@@ -310,6 +310,11 @@ def transformer(config: TransformerConfig) -> Transformer:
         return x.reshape(*shape, -1)
 
     def logits(params: Params, hidden: Array) -> Array:
+        if not config.tied and "head" not in params:
+            raise ValueError(
+                "params: no output layer, as in a reward model; expected the parameters of a "
+                "language model"
+            )
         table = params["embed" if config.tied else "head"][: config.vocab]
         y = matmul(hidden.reshape(-1, config.width), table.T, config.dtype)
         return y.reshape(*hidden.shape[:-1], config.vocab)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbrl import spaces
+from mbrl.training.json_lines import BadFileError
 from mbrl.training.run_directory import write_json
 from mbrl.types import Box, Discrete, MultiDiscrete, Space, Transition
 
@@ -29,19 +30,6 @@ _VERSION = 1
 _KIND = "segments"
 _MAX_SCHEMA = 64 * 2**20
 _MAX_HEADER = 8192
-
-
-class BadFileError(ValueError):
-    """Something in a store that cannot be used.
-
-    Attributes:
-      reason: one or two words, by which such things are counted.
-    """
-
-    def __init__(self, reason: str, text: str) -> None:
-        """Keep the reason beside the message."""
-        super().__init__(text)
-        self.reason = reason
 
 
 class Schema(NamedTuple):

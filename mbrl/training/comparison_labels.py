@@ -9,13 +9,11 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from mbrl.training.comparison_files import BadFileError
+from mbrl.training.json_lines import BadFileError, check_rank, is_number, parse, read_lines
 
 MAX_LINE = 4096
 """Bytes of a label, with its newline."""
@@ -23,7 +21,6 @@ _TORN = b" (torn)"  # closes a line that was cut short: else it might become a l
 ID = re.compile(r"[0-9]{8}")
 _LABEL = {"query", "rank", "margin", "by", "time"}
 _UNDO = {"query", "undo", "by", "time"}
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Label(NamedTuple):
@@ -127,7 +124,7 @@ def _read(
     bad = collections.Counter[str]()
     known = set(queries())  # not before the size: those of these lines are there by now
     stacks: dict[str, list[Label]] = {}
-    for number, line in _lines(path, size):
+    for number, line in read_lines(path, MAX_LINE, size):
         try:
             query, label = parse_line(line, options)
             if query not in known:
@@ -172,29 +169,6 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _lines(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of the lines in the first `size` bytes, long ones cut.
-
-    A whole line ends with a newline also when it was cut.
-    """
-    if not size:
-        return
-    with path.open("rb") as file:
-        number, left = 0, size
-        while left > 0:
-            line = file.readline(min(MAX_LINE + 1, left))
-            left -= len(line)
-            end = line
-            while end and not end.endswith(b"\n") and left > 0:
-                end = file.readline(min(MAX_LINE + 1, left))
-                left -= len(end)
-            if not line:  # somebody has cut the file
-                return
-            number += 1
-            whole = line[:-1] + b"?\n" if end is not line and end.endswith(b"\n") else line
-            yield number, whole
-
-
 def parse_line(line: bytes, options: int) -> tuple[str, Label | None]:
     """Read one line of `labels.jsonl`.
 
@@ -206,24 +180,7 @@ def parse_line(line: bytes, options: int) -> tuple[str, Label | None]:
     """
     if line.endswith(_TORN + b"\n") or not line.endswith(b"\n"):
         raise BadFileError("torn", "cut short, its writer was killed before it was acknowledged")
-    if len(line) > MAX_LINE:
-        raise BadFileError("long", f"longer than {MAX_LINE} bytes")
-    try:
-        entry = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
-    except BadFileError:
-        raise
-    except UnicodeDecodeError as error:
-        raise BadFileError("encoding", f"expected UTF-8 ({error})") from None
-    except (ValueError, RecursionError) as error:
-        raise BadFileError("json", f"expected JSON ({error})") from None
-    return check_entry(entry, options)
-
-
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise BadFileError("fields", "a field appears twice")
-    return found
+    return check_entry(parse(line, MAX_LINE), options)
 
 
 def check_entry(entry: Any, options: int) -> tuple[str, Label | None]:
@@ -239,35 +196,16 @@ def check_entry(entry: Any, options: int) -> tuple[str, Label | None]:
         raise BadFileError("query", f"query: got {query!r:.60}, expected 8 digits in quotes")
     if not isinstance(by, str):
         raise BadFileError("by", f"by: got {by!r:.60}, expected a name in quotes")
-    if not _is_number(when):
+    if not is_number(when):
         raise BadFileError("time", f"time: got {when!r:.60}, expected seconds since 1970")
     if "undo" in entry:
         if entry["undo"] is not True:
             raise BadFileError("undo", f"undo: got {entry['undo']!r:.60}, expected true")
         return query, None
     rank, margin = entry["rank"], entry["margin"]
-    if not _is_number(margin) or margin < 0:
+    if not is_number(margin) or margin < 0:
         raise BadFileError("margin", f"margin: got {margin!r:.60}, expected 0 or a finite number")
     if rank is not None:
-        _check_rank(rank, options)
+        check_rank(rank, options)
         rank = tuple(rank)
     return query, Label(query, rank, float(margin), by, float(when))
-
-
-def _check_rank(rank: Any, options: int) -> None:
-    good = (
-        isinstance(rank, list)
-        and len(rank) == options
-        and all(type(x) is int and 0 <= x < options for x in rank)
-        and 0 in rank
-    )
-    if not good:
-        raise BadFileError(
-            "rank", f"rank: got {rank!r:.60}, expected {options} integers of 0 .. {options - 1}, "
-            "0 for the best, or null",
-        )  # fmt: skip
-
-
-def _is_number(x: Any) -> bool:
-    """Say whether float32 holds it: neither NaN nor infinite, nor true or false."""
-    return type(x) in (int, float) and abs(x) <= _LARGEST

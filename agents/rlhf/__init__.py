@@ -1,0 +1,1 @@
+"""Language models from human feedback: supervised, reward, PPO and direct preference stages."""

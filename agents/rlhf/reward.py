@@ -1,0 +1,164 @@
+"""The reward model: scalar heads on a language model, fitted to rankings of its answers.
+
+Reference: Ouyang et al. 2022 (arXiv:2203.02155): all pairs of a prompt are one batch element, so
+that K answers cost K evaluations, and prompts with more answers weigh no more than others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from agents.rlhf.stage import Stage, TuningConfig, descend, tuning
+from mbrl.losses.policy_gradient import average
+from mbrl.losses.preference import centering_loss, pair_nll, plackett_luce_nll
+from mbrl.models.token_reward import Members, TokenReward, TokenRewardState, token_reward
+from mbrl.networks.transformer import Transformer
+from mbrl.preferences.evaluation import accuracy
+from mbrl.settings import check_whole, check_within
+from mbrl.text_batches import TextBatch
+from mbrl.types import Array, Key, Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Settings of the reward model."""
+
+    members: int = 1
+    """Reward models that learn side by side."""
+    kind: Members = "whole"
+    """Members share the transformer ('heads') or have one each ('whole')."""
+    loss: Literal["pairs", "ranking"] = "pairs"
+    """Bradley-Terry over all pairs of a ranking, or Plackett-Luce over the whole of it."""
+    smoothing: float = 0.0
+    """Probability that an answer to a pair is reversed."""
+    uniform: float = 0.0
+    """Probability that it is drawn at random."""
+    centering: float = 0.0
+    """Weight of the squared mean score of a ranking, which preferences leave open."""
+    bootstrap: bool = False
+    """Each member counts a ranking as often as it would be drawn: 0, 1, 2, ... times."""
+    tuning: TuningConfig = TuningConfig()
+    """What is trained, and how fast."""
+
+    def __post_init__(self) -> None:
+        check_whole(self, "members")
+        check_within(self, "smoothing", 0, 0.5)
+        check_within(self, "uniform", 0, 1, ends="[)")
+        check_within(self, "centering", 0)
+        if self.loss not in ("pairs", "ranking"):
+            raise ValueError(f"loss: got {self.loss!r}, expected 'pairs' or 'ranking'")
+
+
+class RewardStageState(NamedTuple):
+    """Everything that is learned: weights of transformer(s) and heads; draws of the bootstrap."""
+
+    weights: Params
+    head: Array
+    opt_state: Any
+    draws: Key
+
+
+class RewardGiven(NamedTuple):
+    """What the stage starts from: parameters of a language model."""
+
+    base: Params
+
+
+def make_reward(model: Transformer, config: RewardConfig = RewardConfig()) -> Stage:
+    """Build the stage; its batches are `TextBatch` of rankings, its result a `TokenRewardState`.
+
+    The result is not normalized: `TokenReward.normalize` knows what to normalize it on.
+    """
+    tuned, reward = tuning(config.tuning), reward_of(model, config)
+    whole = config.kind == "whole"
+
+    def init(key: Key, given: RewardGiven) -> RewardStageState:
+        head_key, weight_key, draws = jax.random.split(key, 3)
+        head = reward.init(head_key, given.base).head
+        if whole:
+            keys = jax.random.split(weight_key, config.members)
+            weights = jax.vmap(tuned.init, (0, None))(keys, given.base)
+        else:
+            weights = tuned.init(weight_key, given.base)
+        return RewardStageState(weights, head, tuned.optimizer.init((weights, head)), draws)
+
+    def assemble(weights: Params, head: Array, base: Params) -> TokenRewardState:
+        merge = jax.vmap(tuned.merge, (None, 0)) if whole else tuned.merge
+        ones = jnp.ones(config.members)
+        return TokenRewardState(merge(base, weights), head, ones, 0.0 * ones)
+
+    def loss(trained: Any, base: Params, batch: TextBatch, weight: Array) -> tuple[Array, Array]:
+        return reward_loss(config, reward, assemble(*trained, base), batch, weight)
+
+    def step(
+        state: RewardStageState, given: RewardGiven, batch: TextBatch, key: Key
+    ) -> tuple[RewardStageState, Metrics]:
+        del key
+        weight = ranking_weights(config, state.draws, batch)
+        trained = state.weights, state.head
+        (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(
+            trained, given.base, batch, weight
+        )
+        trained, opt_state, metrics = descend(tuned.optimizer, grads, state.opt_state, trained)
+        metrics |= {
+            "loss": value / config.members,
+            "accuracy": jnp.mean(jax.vmap(accuracy, (0, None))(scores, batch.rank)),
+            "score": jnp.mean(scores),
+            "spread": jnp.mean(scores.std(0)),
+        }
+        return RewardStageState(*trained, opt_state, state.draws), metrics
+
+    def result(state: RewardStageState, given: RewardGiven) -> TokenRewardState:
+        return assemble(state.weights, state.head, given.base)
+
+    return Stage(init, step, result)
+
+
+def reward_of(model: Transformer, config: RewardConfig) -> TokenReward:
+    """Build the reward model that the stage trains."""
+    return token_reward(model, config.members, config.kind)
+
+
+def score_rankings(reward: TokenReward, state: TokenRewardState, batch: TextBatch) -> Array:
+    """Score all answers, [N, B, K]: one evaluation for each of them, whatever the pairs."""
+    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (batch.tokens, batch.mask))
+    return reward.scores(state, *rows).reshape(-1, *batch.rank.shape)
+
+
+def reward_loss(
+    config: RewardConfig, reward: TokenReward, state: TokenRewardState, batch: TextBatch,
+    weight: Array,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Compute the sum over members of mean losses; `weight` is [N, B]. Returns scores too."""
+    scores, rank = score_rankings(reward, state, batch), batch.rank
+
+    def one(scores: Array, rank: Array, margin: Array) -> Array:
+        if config.loss == "ranking":
+            nll = plackett_luce_nll(scores, rank)
+        else:
+            nll = pair_nll(scores, rank, margin, config.smoothing, config.uniform)
+        return nll + config.centering * centering_loss(scores, rank)
+
+    losses = jax.vmap(jax.vmap(one), (0, None, None))(scores, rank, batch.margin)
+    # A sum, so that the step size of a member does not depend on how many there are.
+    return jnp.sum(jax.vmap(average)(losses, weight)), scores
+
+
+def ranking_weights(config: RewardConfig, draws: Key, batch: TextBatch) -> Array:
+    """Count each ranking for each member, [N, B]: absent rows 0, otherwise 1 or a draw.
+
+    The draw of a row is the same in every epoch.
+    """
+    present = jnp.asarray(batch.row >= 0, jnp.float32)
+    weight = jnp.broadcast_to(present, (config.members, *present.shape))
+    if not config.bootstrap:
+        return weight
+
+    def draw(row: Array) -> Array:
+        return jax.random.poisson(jax.random.fold_in(draws, row), 1.0, (config.members,))
+
+    return weight * jax.vmap(draw)(jnp.maximum(batch.row, 0)).T

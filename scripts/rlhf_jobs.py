@@ -1,0 +1,324 @@
+"""The stages of RLHF as jobs: files and folders in, a folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from agents.rlhf.direct import (
+    DirectBatch,
+    DirectConfig,
+    DirectGiven,
+    answer_log_probs,
+    make_direct,
+    pairs_of,
+)
+from agents.rlhf.ppo import PromptBatch, TokenPPOConfig, TokenPPOGiven, make_token_ppo
+from agents.rlhf.reward import RewardConfig, RewardGiven, make_reward, reward_of
+from agents.rlhf.supervised import SupervisedConfig, SupervisedGiven, make_supervised
+from mbrl.models.generation import generate
+from mbrl.models.token_reward import TokenReward, TokenRewardState
+from mbrl.preferences import grammar
+from mbrl.text_batches import (
+    BatchConfig,
+    Cursor,
+    Loader,
+    epoch,
+    supervised_loader,
+    text_loader,
+)
+from mbrl.text_rows import TokenRow, encode_rows
+from mbrl.tokenizers import Tokenizer
+from mbrl.training.hugging_face import WEIGHTS
+from mbrl.training.text_data import Kind, read_text
+from mbrl.types import Array
+from scripts import config_json
+from scripts.rlhf_models import (
+    MODEL,
+    REWARD,
+    LanguageModel,
+    load_model,
+    load_reward,
+    model_path,
+    save_model,
+    save_reward,
+)
+from scripts.rlhf_stage import LoopConfig, StageRun, run_stage
+
+REFERENCE = "reference.npz"
+"""What the reference says of the answers, in the folder of a run of `direct`."""
+NORMALIZED_ON = 256
+"""Responses that the unit of the scores is taken from (Ziegler et al. 2019)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """How text becomes rows of tokens."""
+
+    max_prompt: int = 64
+    """Tokens of a prompt; longer ones lose their beginning."""
+    max_answer: int = 64
+    """Tokens of an answer, its end included."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with rows that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedJob:
+    """Fine-tune a language model on demonstrations."""
+
+    data: str = ""
+    """Demonstrations, as JSON lines of prompt and answer."""
+    model: str = ""
+    """Folder of the model to begin with."""
+    out: str = "runs/sft"
+    """Folder of the run."""
+    text: TextConfig = TextConfig()
+    loop: LoopConfig = LoopConfig()
+    learner: SupervisedConfig = SupervisedConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardJob:
+    """Train a reward model on rankings."""
+
+    data: str = ""
+    """Rankings, as JSON lines: prompt and chosen and rejected, or answers and their rank."""
+    model: str = ""
+    """Folder of the fine-tuned model to begin with."""
+    prompts: str = ""
+    """Prompts whose responses by that model get mean 0 and deviation 1; those of the data if
+    empty."""
+    out: str = "runs/reward"
+    """Folder of the run."""
+    text: TextConfig = TextConfig()
+    loop: LoopConfig = LoopConfig()
+    learner: RewardConfig = RewardConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOJob:
+    """Improve a policy by a reward model."""
+
+    data: str = ""
+    """Prompts, as JSON lines."""
+    model: str = ""
+    """Folder of the fine-tuned model to begin with; it is the reference, too."""
+    reward: str = ""
+    """Folder of the reward model."""
+    demonstrations: str = ""
+    """Demonstrations for `learner.pretraining`."""
+    gold: Literal["", "grammar"] = ""
+    """True reward to log beside the learned one, where the task has one."""
+    kl_budget: float = 0.0
+    """Nats per response at which training ends; 0 = none."""
+    out: str = "runs/ppo"
+    """Folder of the run."""
+    text: TextConfig = TextConfig()
+    loop: LoopConfig = LoopConfig()
+    learner: TokenPPOConfig = TokenPPOConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectJob:
+    """Fit a policy to comparisons directly (DPO and its relatives)."""
+
+    data: str = ""
+    """Pairs, as JSON lines of prompt, chosen and rejected; rankings count as all their pairs."""
+    kind: Literal["rankings", "unpaired"] = "rankings"
+    """Of the data: 'unpaired' are prompts with one answer that is good or bad, for KTO."""
+    model: str = ""
+    """Folder of the fine-tuned model to begin with; it is the reference, too."""
+    out: str = "runs/dpo"
+    """Folder of the run."""
+    text: TextConfig = TextConfig()
+    loop: LoopConfig = LoopConfig()
+    learner: DirectConfig = DirectConfig()
+
+
+def supervised(job: SupervisedJob) -> Path:
+    """Run the job; returns the folder of the model."""
+    language, out = load_model(_given(job.model, "model")), Path(job.out)
+    rows = read_rows(job.data, "demonstrations", language.tokenizer, job.text)
+    loader = supervised_loader(rows, job.text.max_prompt + job.text.max_answer, _batches(job.loop))
+    given = SupervisedGiven(language.params)
+    stage = make_supervised(language.model, job.learner)
+    run = StageRun("sft", stage, given, partial(at_update, loader), _settings(job))
+    state = run_stage(run, job.loop, out)
+    save_model(
+        out / MODEL, language.model.config, stage.result(state, given), model_path(job.model)
+    )
+    return out / MODEL
+
+
+def reward(job: RewardJob) -> Path:
+    """Run the job; returns the folder of the reward model."""
+    language, out = load_model(_given(job.model, "model")), Path(job.out)
+    rows = read_rows(job.data, "rankings", language.tokenizer, job.text)
+    loader = answers_loader(rows, job.text, job.loop)
+    given, stage = RewardGiven(language.params), make_reward(language.model, job.learner)
+    run = StageRun("reward", stage, given, partial(at_update, loader), _settings(job))
+    state = run_stage(run, job.loop, out)
+    if job.prompts:
+        rows = read_rows(job.prompts, "prompts", language.tokenizer, job.text)
+    scored = reward_of(language.model, job.learner)
+    result = _normalized(scored, stage.result(state, given), language, rows, job)
+    save_reward(
+        out / REWARD, language.model.config, job.learner.kind, result, model_path(job.model)
+    )
+    return out / REWARD
+
+
+def _normalized(
+    reward: TokenReward, state: TokenRewardState, language: LanguageModel,
+    rows: Sequence[TokenRow], job: RewardJob,
+) -> TokenRewardState:  # fmt: skip
+    """Give scores their unit: responses of the reference have mean 0 and deviation 1."""
+    batch = next(prompt_batches(rows, job.text, NORMALIZED_ON, job.loop.seed))
+
+    @jax.jit
+    def normalize(params: Any, state: TokenRewardState, tokens: Array, mask: Array) -> Any:
+        written = generate(
+            language.model, params, jax.random.key(job.loop.seed), tokens, mask,
+            job.text.max_answer, eos=language.tokenizer.eos,
+        )  # fmt: skip
+        return reward.normalize(state, reward.scores(state, written.tokens, written.mask))
+
+    return normalize(language.params, state, batch.tokens, batch.mask)
+
+
+def ppo(job: PPOJob) -> Path:
+    """Run the job; returns the folder of the model."""
+    language, out = load_model(_given(job.model, "model")), Path(job.out)
+    loaded = load_reward(_given(job.reward, "reward"))
+    tokenizer, learner = language.tokenizer, job.learner
+    rows = read_rows(job.data, "prompts", tokenizer, job.text)
+    prompts = text_loader(rows, [(job.text.max_prompt, 0)], _batches(job.loop, last="drop"))
+    written = None
+    if learner.pretraining:
+        shown = read_rows(job.demonstrations, "demonstrations", tokenizer, job.text)
+        length = job.text.max_prompt + job.text.max_answer
+        written = supervised_loader(shown, length, _batches(job.loop, last="drop"))
+    gold = partial(grammar.gold, length=learner.length) if job.gold == "grammar" else None
+    stage = make_token_ppo(language.model, loaded.reward, tokenizer.eos, learner, gold)
+    given = TokenPPOGiven(language.params, loaded.state)
+
+    def batch(update: int) -> PromptBatch:
+        text = at_update(prompts, update)
+        shown = None if written is None else at_update(written, update)
+        return PromptBatch(text.tokens[:, 0], text.mask[:, 0], shown)
+
+    def stop_when(metrics: Any) -> str:
+        kl = float(metrics["kl"])
+        over = 0.0 < job.kl_budget < kl
+        return f"{kl:.2f} nats from the reference, {job.kl_budget:g} allowed" if over else ""
+
+    run = StageRun("ppo", stage, given, batch, _settings(job), stop_when)
+    state = run_stage(run, job.loop, out)
+    save_model(
+        out / MODEL, language.model.config, stage.result(state, given), model_path(job.model)
+    )
+    return out / MODEL
+
+
+def direct(job: DirectJob) -> Path:
+    """Run the job; returns the folder of the model."""
+    language, out = load_model(_given(job.model, "model")), Path(job.out)
+    rows = read_rows(job.data, job.kind, language.tokenizer, job.text)
+    rows = pairs_of(rows) if job.kind == "rankings" else rows
+    given, stage = DirectGiven(language.params), make_direct(language.model, job.learner)
+    loader = answers_loader(rows, job.text, job.loop)
+    reference = reference_log_probs(language, rows, job)
+
+    def batch(update: int) -> DirectBatch:
+        text = at_update(loader, update)
+        return DirectBatch(text, reference[text.row])
+
+    run = StageRun("dpo", stage, given, batch, _settings(job))
+    state = run_stage(run, job.loop, out)
+    save_model(
+        out / MODEL, language.model.config, stage.result(state, given), model_path(job.model)
+    )
+    return out / MODEL
+
+
+def reference_log_probs(
+    language: LanguageModel, rows: Sequence[TokenRow], job: DirectJob
+) -> np.ndarray:
+    """Evaluate the reference once, [n, K], and keep what it says beside the run."""
+    file = Path(job.out) / REFERENCE
+    digest = hashlib.sha256((model_path(job.model) / WEIGHTS).read_bytes())
+    for row in rows:
+        for part in (row.prompt, *row.answers):
+            digest.update(np.asarray(part, np.int32).tobytes() + b";")
+    if file.exists():
+        with np.load(file, allow_pickle=False) as saved:
+            if str(saved["digest"]) == digest.hexdigest():
+                return saved["log_prob"]
+    evaluate = jax.jit(partial(answer_log_probs, language.model))
+    found = np.zeros((len(rows), len(rows[0].answers)), np.float32)
+    whole = dataclasses.replace(job.loop, seed=0)
+    for text in epoch(answers_loader(rows, job.text, whole)):
+        there = text.row >= 0
+        found[text.row[there]] = np.asarray(evaluate(language.params, text))[there]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
+    np.savez(temporary, log_prob=found, digest=digest.hexdigest())
+    os.replace(temporary, file)
+    return found
+
+
+def read_rows(file: str, kind: Kind, tokenizer: Tokenizer, text: TextConfig) -> list[TokenRow]:
+    """Read a file of text as rows of tokens."""
+    data = read_text(Path(_given(file, "data")), kind, on_error=text.on_error)
+    encoded = encode_rows(
+        tokenizer, data.rows, text.max_prompt, text.max_answer, on_error=text.on_error
+    )
+    for reason, count in {**data.bad, **encoded.counts}.items():
+        print(f"{file}: {count} rows: {reason}")
+    return encoded.rows
+
+
+def at_update(loader: Any, update: int) -> Any:
+    """Return the batch of an update, counted from 0."""
+    return loader.get(Cursor(update // loader.batches, update % loader.batches))[0]
+
+
+def answers_loader(rows: Sequence[TokenRow], text: TextConfig, loop: LoopConfig) -> Loader:
+    """Batch prompts with their answers."""
+    return text_loader(rows, [(text.max_prompt, text.max_answer)], _batches(loop))
+
+
+def prompt_batches(
+    rows: Sequence[TokenRow], text: TextConfig, size: int, seed: int
+) -> Iterator[PromptBatch]:
+    """Yield one pass over prompts, without any answers."""
+    alone = [row._replace(answers=(), rank=()) for row in rows]
+    config = BatchConfig(min(size, len(alone)), seed=seed, last="drop")
+    for batch in epoch(text_loader(alone, [(text.max_prompt, 0)], config)):
+        yield PromptBatch(batch.tokens[:, 0], batch.mask[:, 0])
+
+
+def _batches(loop: LoopConfig, last: Literal["pad", "drop"] = "pad") -> BatchConfig:
+    return BatchConfig(loop.batch_size, last=last, seed=loop.seed)
+
+
+def _settings(job: Any) -> dict[str, Any]:
+    """Return what has to stay the same for a run to be continued."""
+    settings = config_json.to_json(job)
+    del settings["loop"], settings["out"]
+    return settings
+
+
+def _given(value: str, name: str) -> str:
+    if not value:
+        raise ValueError(f"--{name}: expected a path, got nothing; see --help")
+    return value

@@ -1,0 +1,156 @@
+"""The whole of RLHF in one command, on files or on the synthetic task."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from agents.rlhf.direct import DirectConfig
+from agents.rlhf.ppo import TokenPPOConfig
+from agents.rlhf.reward import RewardConfig
+from agents.rlhf.stage import TuningConfig
+from agents.rlhf.supervised import SupervisedConfig
+from mbrl.networks.transformer import TransformerConfig, family_config
+from mbrl.preferences.grammar import MAX_ANSWER, MAX_PROMPT
+from mbrl.training import run_directory
+from mbrl.training.grammar_files import GrammarConfig
+from scripts import rlhf_jobs as jobs
+from scripts import rlhf_use
+from scripts.rlhf_stage import LoopConfig
+
+BASE, DATA, RESULT = "base", "data", "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedStep:
+    """Fine-tuning on demonstrations."""
+
+    loop: LoopConfig = LoopConfig(steps=300, batch_size=64)
+    learner: SupervisedConfig = SupervisedConfig(
+        TuningConfig(learning_rate=3e-3, warmup=20, anneal=300)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardStep:
+    """A reward model from rankings."""
+
+    loop: LoopConfig = LoopConfig(steps=150, batch_size=32)
+    learner: RewardConfig = RewardConfig(
+        members=3, tuning=TuningConfig(learning_rate=1e-3, warmup=20, anneal=150)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOStep:
+    """A policy that the reward model improves."""
+
+    loop: LoopConfig = LoopConfig(steps=100, batch_size=128)
+    kl_budget: float = 0.0
+    """Nats per response at which training ends; 0 = none."""
+    learner: TokenPPOConfig = TokenPPOConfig(
+        length=MAX_ANSWER, temperature=1.0, minibatches=2, value="shared", value_weight=0.5,
+        kl_coef=0.1, tuning=TuningConfig(learning_rate=3e-4),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectStep:
+    """A policy from the same rankings, without the reward model; 0 steps leave it out."""
+
+    loop: LoopConfig = LoopConfig(steps=200, batch_size=64)
+    learner: DirectConfig = DirectConfig(tuning=TuningConfig(learning_rate=3e-4, anneal=200))
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """The stages of RLHF one after the other; the same command again goes on."""
+
+    out: str = "runs/rlhf"
+    """Folder of the pipeline; every stage has one in it."""
+    data: str = ""
+    """Folder with train/ and test/ of demonstrations.jsonl, rankings.jsonl and prompts.jsonl;
+    the synthetic task is written if empty."""
+    base: str = ""
+    """Folder of a pretrained model; one with random weights is made if empty."""
+    seed: int = 0
+    """Of all stages."""
+    direct: bool = True
+    """Also train a policy by direct preference optimization."""
+    architecture: TransformerConfig = family_config(
+        "gpt2", layers=2, width=64, heads=4, max_length=32
+    )
+    """Of the model with random weights; its vocabulary is that of the data."""
+    task: GrammarConfig = GrammarConfig(bias=0.5)
+    """Of the synthetic task."""
+    text: jobs.TextConfig = jobs.TextConfig(MAX_PROMPT, MAX_ANSWER)
+    sft: SupervisedStep = SupervisedStep()
+    reward: RewardStep = RewardStep()
+    ppo: PPOStep = PPOStep()
+    dpo: DirectStep = DirectStep()
+
+
+def pipeline(config: PipelineConfig) -> Path:
+    """Run all stages, then judge the models on prompts that nobody has seen.
+
+    Returns:
+      The file of the results.
+    """
+    out, text = Path(config.out), config.text
+    synthetic = not config.data
+    data = Path(config.data or out / DATA)
+    if synthetic and not (data / "test" / "rankings.jsonl").exists():
+        task = dataclasses.replace(config.task, seed=config.seed)
+        rlhf_use.data(rlhf_use.DataJob(str(data), task))
+    base = Path(config.base or out / BASE)
+    if not base.exists():
+        rlhf_use.new(rlhf_use.NewJob(str(base), str(data), config.seed, config.architecture))
+
+    def loop(step: Any) -> LoopConfig:
+        return dataclasses.replace(step.loop, seed=config.seed)
+
+    train, test = data / "train", data / "test"
+    print("sft: fine-tuning on demonstrations")
+    sft = jobs.supervised(jobs.SupervisedJob(
+        str(train / "demonstrations.jsonl"), str(base), str(out / "sft"), text,
+        loop(config.sft), config.sft.learner,
+    ))  # fmt: skip
+    print("reward: learning from rankings")
+    reward = jobs.reward(jobs.RewardJob(
+        str(train / "rankings.jsonl"), str(sft), str(train / "prompts.jsonl"),
+        str(out / "reward"), text, loop(config.reward), config.reward.learner,
+    ))  # fmt: skip
+    print("ppo: improving the policy")
+    ppo = jobs.ppo(jobs.PPOJob(
+        str(train / "prompts.jsonl"), str(sft), str(reward),
+        str(train / "demonstrations.jsonl"), "grammar" if synthetic else "",
+        config.ppo.kl_budget, str(out / "ppo"), text, loop(config.ppo), config.ppo.learner,
+    ))  # fmt: skip
+    models = {"sft": sft, "ppo": ppo}
+    if config.direct:
+        print("dpo: fitting a policy to the rankings directly")
+        models["dpo"] = jobs.direct(jobs.DirectJob(
+            str(train / "rankings.jsonl"), "rankings", str(sft), str(out / "dpo"), text,
+            loop(config.dpo), config.dpo.learner,
+        ))  # fmt: skip
+    return _judge(config, test, models, reward, synthetic)
+
+
+def _judge(
+    config: PipelineConfig, test: Path, models: dict[str, Path], reward: Path, synthetic: bool
+) -> Path:
+    """Score answers to the test prompts, and the reward model on the test rankings."""
+    result: dict[str, Any] = {
+        "reward": rlhf_use.judge_reward(str(reward), str(test / "rankings.jsonl"), config.text)
+    }
+    for name, model in models.items():
+        result[name] = rlhf_use.judge_policy(
+            str(model), str(reward), str(models["sft"]), str(test / "prompts.jsonl"),
+            config.text, config.ppo.learner.temperature, config.seed, synthetic,
+        )  # fmt: skip
+        told = ", ".join(f"{key} {value['mean']:.3f}" for key, value in result[name].items())
+        print(f"{name}: {told}")
+    file = Path(config.out) / RESULT
+    run_directory.write_json(file, result)
+    return file

@@ -1,0 +1,179 @@
+"""Runs a stage of RLHF in a folder: locked, logged, resumable to the bit, stopped with a save."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from agents.rlhf.stage import Stage
+from mbrl.training import checkpoint, run_directory
+from mbrl.training.metrics import MetricsWriter
+from scripts.alarms import MAX_SKIPPED
+from scripts.progress import Progress
+
+CHECKPOINTS = "checkpoints"
+STOPPED = 75
+"""Exit code of a run that was asked to stop."""
+HARMLESS = {"loop.steps", "loop.log_every", "loop.save_every", "versions"}
+"""Settings that may change on resume with --override-config."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long a stage runs, and what it leaves behind."""
+
+    steps: int = 200
+    """Updates."""
+    batch_size: int = 32
+    """Rows of data per update."""
+    seed: int = 0
+    """Of first weights, order of the data and samples."""
+    log_every: int = 10
+    """Updates between lines of metrics, each a mean over them."""
+    save_every: int = 100
+    """Updates between saves; the end and a stop are always saved."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    override_config: bool = False
+    """Resume although harmless settings or versions have changed."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+
+
+class StageRun(NamedTuple):
+    """A stage with all that it needs.
+
+    Attributes:
+      name: for messages.
+      stage: the learner.
+      given: what it does not change.
+      batch: `(update) -> batch`, the same for the same update.
+      settings: what must be the same for a run to go on, as JSON.
+      stop_when: `(metrics of an interval) -> reason` to end before the last update, or ''.
+    """
+
+    name: str
+    stage: Stage
+    given: Any
+    batch: Callable[[int], Any]
+    settings: Mapping[str, Any]
+    stop_when: Callable[[Mapping[str, float]], str] = lambda metrics: ""
+
+
+class Stopped(Exception):
+    """A signal has ended a run after a save."""
+
+
+def run_stage(run: StageRun, loop: LoopConfig, out: Path) -> Any:
+    """Train from the newest save to the end.
+
+    Args:
+      run: what to train.
+      loop: for how long.
+      out: folder of the run.
+
+    Returns:
+      The state of the stage at its end.
+
+    Raises:
+      Stopped: when a signal came; the run is saved, and the same call goes on with it.
+      ValueError: for settings that have changed, or when updates stay without effect.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with run_directory.Lock(out):
+        settings = {**run.settings, "loop": dataclasses.asdict(loop)}
+        del settings["loop"]["override_config"], settings["loop"]["tensorboard"]
+        current = {**settings, "versions": run_directory.versions()}
+        saved = run_directory.read_config(out)
+        if saved is not None:
+            run_directory.check_config(saved, current, HARMLESS, loop.override_config)
+        run_directory.write_config(out, current)
+        # Typed keys of a run: 0 for its first weights, t + 1 for update t.
+        key = jax.random.key(loop.seed)
+        begin = jax.jit(run.stage.init)
+        first = jax.eval_shape(begin, key, run.given)
+        restored = checkpoint.restore(out / CHECKPOINTS, first)
+        if restored is None:
+            state, step, ended = begin(jax.random.fold_in(key, 0), run.given), 0, ""
+        else:
+            state, step = restored.tree, restored.step
+            ended = restored.manifest["ended"]
+            if step < loop.steps and not ended:
+                print(f"resuming {out} at update {step} of {loop.steps}", file=sys.stderr)
+        if step >= loop.steps or ended:
+            return state
+        with (
+            MetricsWriter(out, None if restored is None else step, loop.tensorboard) as log,
+            run_directory.StopSignal() as stop,
+        ):
+            return _train(run, loop, out, state, step, log, stop, key)
+
+
+def _train(
+    run: StageRun, loop: LoopConfig, out: Path, state: Any, step: int, log: MetricsWriter,
+    stop: run_directory.StopSignal, key: Any,
+) -> Any:  # fmt: skip
+    update = jax.jit(run.stage.step, donate_argnums=0)
+    pending: list[Any] = []
+    began = time.perf_counter()
+    saved = step
+    with Progress(run.name, step, loop.steps, "update") as progress:
+        while True:
+            batch = run.batch(step)
+            state, metrics = update(state, run.given, batch, jax.random.fold_in(key, step + 1))
+            step += 1
+            pending.append(metrics)
+            reason = ""
+            if step % loop.log_every == 0 or step >= loop.steps or stop.requested:
+                means = _means(pending)
+                means["seconds"] = time.perf_counter() - began
+                pending = []
+                log.write(step, means)
+                _stop_if_diverged(out, means)
+                reason = run.stop_when(means)
+                if reason:
+                    print(f"{run.name}: ended at update {step}: {reason}", file=sys.stderr)
+                progress.update(step, means.get("score", means.get("loss")))
+            over = step >= loop.steps or bool(reason)
+            if over or stop.requested or step - saved >= loop.save_every:
+                log.sync()
+                saved = _save(out, step, state, reason, saved)
+            if over:
+                return state
+            if stop.requested:
+                told = "saved" if saved == step else f"NOT saved after update {saved}"
+                raise Stopped(f"{run.name}: stopped at update {step}, {told}")
+
+
+def _means(pending: list[Any]) -> dict[str, Any]:
+    fetched = jax.device_get(pending)
+    return {name: np.mean([m[name] for m in fetched], 0) for name in fetched[0]}
+
+
+def _save(out: Path, step: int, state: Any, ended: str, saved: int) -> int:
+    """Save; a disk that refuses is announced and does not stop the run."""
+    try:
+        checkpoint.save(out / CHECKPOINTS, step, state, {"ended": ended})
+    except OSError as error:
+        print(f"warning: update {step} is not saved ({error}); trying later", file=sys.stderr)
+        return saved
+    return step
+
+
+def _stop_if_diverged(out: Path, means: Mapping[str, Any]) -> None:
+    in_a_row = float(np.max(means.get("model/skipped_in_a_row", 0.0)))
+    if in_a_row > MAX_SKIPPED:
+        raise ValueError(
+            f"{out}: more than {MAX_SKIPPED} updates in a row had gradients that are not finite; "
+            "lower tuning.learning_rate, or look at the data"
+        )
