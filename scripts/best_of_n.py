@@ -29,7 +29,8 @@ import numpy as np
 import optax
 
 from mbrl.losses.preference import bradley_terry_nll
-from mbrl.networks.transformer import Transformer, TransformerConfig, transformer
+from mbrl.models.token_reward import TokenReward, TokenRewardState, token_reward, trained
+from mbrl.networks.transformer import TransformerConfig, transformer
 from mbrl.preferences.best_of_n import best_of_n, best_of_n_kl
 from mbrl.preferences.evaluation import accuracy
 from mbrl.preferences.overoptimization_fit import fit_course
@@ -48,6 +49,31 @@ CHUNK = 512
 """Sequences that are scored at a time."""
 SAMPLE = 4096
 """Sequences that rewards are normalized by; and pairs that accuracy is measured on."""
+
+
+class Variant(NamedTuple):
+    """A way to train the proxies; the fields may be traced, so that all share one program.
+
+    Attributes:
+      passes: over the pairs.
+      decay: weight decay of AdamW, per unit of step size.
+      bootstrap: every member sees a sample of the pairs of its own, with repetition.
+      wide: weights start with deviation 1 / sqrt(fan-in), embeddings with 1, not with 0.02.
+    """
+
+    passes: Array | int
+    decay: Array | float = 0.0
+    bootstrap: Array | bool = False
+    wide: Array | bool = False
+
+
+VARIANTS = {
+    "8 passes": Variant(8),
+    "8 passes, wide start": Variant(8, wide=True),
+    "8 passes, bootstrapped": Variant(8, bootstrap=True),
+    "1 pass": Variant(1),
+    "2 passes, decay": Variant(2, decay=3.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,58 +100,52 @@ class BestOfNConfig:
     """Largest n."""
     batch_size: int = 32
     """Pairs per update."""
-    passes: int = 8
-    """Over the pairs."""
     learning_rate: float = 1e-3
     """Step size of Adam at first; it falls to 0."""
-    weight_decay: float = 0.0
-    """Of AdamW, per unit of step size."""
-    uniform: float = 0.0
-    """Share of answers that the loss takes for random."""
     sharpness: float = 1.4
-    """Deviation of the weights of the true reward, times the root of their fan-in."""
+    """Deviation of the weights of the true reward, times the root of their fan-in: the more, the
+    harder it is to learn."""
 
     def __post_init__(self) -> None:
-        check_whole(self, "seeds", "members", "pairs", "pool", "most", "batch_size", "passes")
+        """Refuse sizes that do not fit.
+
+        Raises:
+          ValueError: naming the field.
+        """
+        check_whole(self, "seeds", "members", "pairs", "pool", "most", "batch_size")
         check_within(self, "flips", 0, 0.5)
         check_within(self, "learning_rate", 0, ends="(]")
         if self.pool % CHUNK:
             raise ValueError(f"pool: got {self.pool}, expected a multiple of {CHUNK}")
 
 
-class Variant(NamedTuple):
-    """A way to train the proxies: passes over the pairs; each on a sample of them of its own."""
-
-    passes: int
-    bootstrap: bool
-
-
 GOLD = transformer(TransformerConfig(vocab=32, layers=2, width=48, heads=4, max_length=16))
 PROXY = transformer(TransformerConfig(vocab=32, layers=1, width=32, heads=4, max_length=16))
+TRUTH, REWARD = token_reward(GOLD), token_reward(PROXY)
 
 
 def main(argv: list[str]) -> int:
     """Run the job."""
     config = parse(BestOfNConfig, argv, "best_of_n.py")
-    start = time.perf_counter()
-    variants = {
-        f"{config.passes} passes": Variant(config.passes, False),
-        "1 pass": Variant(1, False),
-        f"{config.passes} passes, bootstrapped": Variant(config.passes, True),
-    }
-    studies, one = {}, jax.jit(partial(study, config))
-    for name, variant in variants.items():
-        seeds = [one(variant, jax.random.key(config.first_seed + i)) for i in range(config.seeds)]
-        studies[name] = jax.tree.map(lambda *x: np.stack(x).astype(float), *seeds)
-        alone, together = (studies[name][f"{x}_accuracy"].mean() for x in ("single", "ensemble"))
-        print(f"{name}: accuracy {alone:.3f}, of the mean {together:.3f}", flush=True)
+    clocks = time.perf_counter(), time.process_time()
+    program = jax.jit(partial(study, config))
+    seeds = []
+    for seed in range(config.first_seed, config.first_seed + config.seeds):
+        seeds.append(jax.device_get(program(jax.random.key(seed))))
+        print(f"seed {seed}: {time.perf_counter() - clocks[0]:.0f} s", flush=True)
+    found = jax.tree.map(lambda *x: np.stack(x).astype(float), *seeds)
     versions = run_directory.versions()
     written = {
-        "config": dataclasses.asdict(config), "seconds": time.perf_counter() - start,
+        "config": dataclasses.asdict(config),
+        "seconds": time.perf_counter() - clocks[0],
+        "processor_seconds": time.process_time() - clocks[1],
         **results.origin(versions), "commit": versions.get("commit", "unknown"),
         "date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0)),
         "n": draws(config).tolist(), "kl": divergence(config).tolist(),
-        "variants": {name: summary(config, found) for name, found in studies.items()},
+        "variants": {
+            name: summary(config, {key: x[:, i] for key, x in found.items()})
+            for i, name in enumerate(VARIANTS)
+        },
     }  # fmt: skip
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
@@ -145,80 +165,81 @@ def divergence(config: BestOfNConfig) -> Array:
     return best_of_n_kl(jnp.asarray(draws(config)))
 
 
-def study(config: BestOfNConfig, variant: Variant, key: Key) -> dict[str, Array]:
-    """Make a true reward, learn it from pairs, and pursue what was learned.
+def study(config: BestOfNConfig, key: Key) -> dict[str, Array]:
+    """Make a true reward, learn it from pairs in every way, and pursue what was learned.
 
     Args:
       config: sizes.
-      variant: how the proxies are trained.
-      key: consumed; the same key means the same true reward, data and pool in all variants.
+      key: consumed.
 
     Returns:
-      Accuracies on clean labels, and `gold/RULE`, `proxy/RULE` [M] for every n; `gold/oracle`
-      is that of the best of n by the true reward.
+      Leading axis [V], the ways to train: accuracies on clean labels, and `gold/RULE`,
+      `proxy/RULE` [M] for every n; `gold/oracle` is that of the best of n by the true reward.
     """
-    gold_key, pair_key, proxy_key, pool_key = jax.random.split(key, 4)
+    gold_key, pair_key, proxy_key, base_key, pool_key = jax.random.split(key, 5)
     gold = make_gold(config, gold_key)
     pairs, held_out = make_pairs(config, gold, pair_key)
-    members = jax.vmap(partial(train, config, variant, pairs))(
-        jax.random.split(proxy_key, config.members)
-    )
+    base, pool = draw(base_key, (SAMPLE,)), draw(pool_key, (config.pool,))
+    true = in_chunks(partial(score, TRUTH, gold), pool)[0]
+    keys = jax.random.split(proxy_key, config.members)
 
-    def proxies(tokens: Array) -> Array:
-        return jax.vmap(score, (None, 0, None))(PROXY, members, tokens)
+    def pursue(variant: Variant) -> dict[str, Array]:
+        members = jax.vmap(partial(train, config, variant, pairs))(keys)
+        of = jax.vmap(partial(score, REWARD), (0, None))
+        first = in_chunks(partial(of, members), base)
+        members = jax.vmap(REWARD.normalize)(members, first)
+        clean = in_chunks(partial(of, members), held_out.reshape(-1, held_out.shape[-1]))
+        clean = clean.reshape(config.members, -1, 2)
+        rank = jnp.tile(jnp.arange(2), (len(held_out), 1))
+        return {
+            "single_accuracy": jax.vmap(accuracy, (0, None))(clean, rank).mean(),
+            "ensemble_accuracy": accuracy(clean.mean(0), rank),
+            "gold/oracle": best_of_n(true, true, draws(config)),
+        } | pursued(config, in_chunks(partial(of, members), pool)[:, 0], true)
 
-    base = in_chunks(proxies, draw(jax.random.fold_in(pool_key, 0), (SAMPLE,)))
-    mean, std = base.mean(1, keepdims=True), base.std(1, keepdims=True)
+    variants = Variant(*(jnp.asarray(x) for x in zip(*VARIANTS.values(), strict=True)))
+    return jax.lax.map(pursue, variants)
 
-    def normalized(tokens: Array) -> Array:
-        return (in_chunks(proxies, tokens) - mean) / std
 
-    clean = normalized(held_out.reshape(-1, held_out.shape[-1])).reshape(config.members, -1, 2)
-    rank = jnp.tile(jnp.arange(2), (held_out.shape[0], 1))
-    pool = draw(jax.random.fold_in(pool_key, 1), (config.pool,))
-    true, learned = in_chunks(gold, pool), normalized(pool)
-    found = {
-        "single_accuracy": jax.vmap(accuracy, (0, None))(clean, rank).mean(),
-        "ensemble_accuracy": accuracy(clean.mean(0), rank),
-        "gold/oracle": best_of_n(true, true, draws(config)),
-    }
+def pursued(config: BestOfNConfig, learned: Array, true: Array) -> dict[str, Array]:
+    """Take the best of n by scores [N, C] of members, for every rule: see `study`."""
+    found = {}
     for rule in RULES:
         combined = learned if rule == "single" else risk(learned, rule, UWO_COEF)[None]
         for name, value in (("gold", true[None]), ("proxy", combined)):
-            of = partial(best_of_n, n=draws(config))
             value = jnp.broadcast_to(value, combined.shape)
-            found[f"{name}/{rule}"] = jax.vmap(of)(combined, value).mean(0)
+            best = jax.vmap(partial(best_of_n, n=draws(config)))(combined, value)
+            found[f"{name}/{rule}"] = best.mean(0)
     return found
 
 
-def make_gold(config: BestOfNConfig, key: Key) -> Any:
-    """Draw a true reward `tokens [B, T] -> [B]`, of mean 0 and deviation 1 over the policy.
+def make_gold(config: BestOfNConfig, key: Key) -> TokenRewardState:
+    """Draw a true reward, of mean 0 and deviation 1 over the policy.
 
     Weights of the usual size would make it nearly a function of the last token.
     """
     trunk_key, head_key, sample_key = jax.random.split(key, 3)
+    state = TRUTH.init(head_key, widened(GOLD.init(trunk_key), config.sharpness))
+    return TRUTH.normalize(state, score(TRUTH, state, draw(sample_key, (SAMPLE,))))
+
+
+def widened(trunk: Params, sharpness: Array | float = 1.0, really: Array | bool = True) -> Params:
+    """Give kernels deviation `sharpness / sqrt(fan-in)` and embeddings deviation 1."""
 
     def widen(path: Any, x: Array) -> Array:
         name = path[-1].key
-        if name == "kernel":
-            return x * (config.sharpness * x.shape[-2] ** -0.5 / x.std())
-        return x / x.std() if name in ("embed", "positions") else x
+        if name not in ("kernel", "embed", "positions"):
+            return x
+        wanted = sharpness * x.shape[-2] ** -0.5 if name == "kernel" else 1.0
+        return x * jnp.where(really, wanted / x.std(), 1.0)
 
-    trunk = jax.tree_util.tree_map_with_path(widen, GOLD.init(trunk_key))
-    params = {"trunk": trunk, "head": head(head_key, GOLD.config.width)}
-    sample = score(GOLD, params, draw(sample_key, (SAMPLE,)))
-    return lambda tokens: (score(GOLD, params, tokens) - sample.mean()) / sample.std()
+    return jax.tree_util.tree_map_with_path(widen, trunk)
 
 
-def head(key: Key, width: int) -> Array:
-    """Draw the weights [D] of a head that scores hidden states."""
-    return jax.random.normal(key, (width,)) * (width + 1) ** -0.5
-
-
-def score(model: Transformer, params: Params, tokens: Array) -> Array:
-    """Score sequences [B, T] by the hidden state of their last token, [B]."""
-    hidden = model.hidden(params["trunk"], tokens, jnp.ones(tokens.shape, bool))
-    return jnp.sum(hidden[:, -1] * params["head"], -1)
+def score(reward: TokenReward, state: TokenRewardState, tokens: Array) -> Array:
+    """Score full sequences [B, T], [1, B]."""
+    # All are real, but a mask of constants would be folded for a minute when compiling.
+    return reward.scores(state, tokens, tokens >= 0)
 
 
 def draw(key: Key, shape: tuple[int, ...]) -> Array:
@@ -226,49 +247,48 @@ def draw(key: Key, shape: tuple[int, ...]) -> Array:
     return jax.random.randint(key, (*shape, GOLD.config.max_length), 0, GOLD.config.vocab)
 
 
-def make_pairs(config: BestOfNConfig, gold: Any, key: Key) -> tuple[Array, Array]:
+def make_pairs(config: BestOfNConfig, gold: TokenRewardState, key: Key) -> tuple[Array, Array]:
     """Draw pairs [M, 2, T], labelled as better and worse; and others with clean labels."""
     keys = jax.random.split(key, 3)
     pairs, held_out = draw(keys[0], (config.pairs, 2)), draw(keys[1], (SAMPLE, 2))
     flipped = jax.random.bernoulli(keys[2], config.flips, (config.pairs,))
 
     def sort(pairs: Array, flipped: Array | bool) -> Array:
-        true = gold(pairs.reshape(-1, pairs.shape[-1])).reshape(-1, 2)
+        true = score(TRUTH, gold, pairs.reshape(-1, pairs.shape[-1])).reshape(-1, 2)
         wrong = (true[:, 0] < true[:, 1]) ^ flipped
         return jnp.where(wrong[:, None, None], pairs[:, ::-1], pairs)
 
     return sort(pairs, flipped), sort(held_out, False)
 
 
-def train(config: BestOfNConfig, variant: Variant, pairs: Array, key: Key) -> Params:
-    """Fit one proxy to pairs; the variant may be traced, so that all share one program."""
+def train(config: BestOfNConfig, variant: Variant, pairs: Array, key: Key) -> TokenRewardState:
+    """Fit one proxy to pairs."""
     trunk_key, head_key, sample_key, order_key = jax.random.split(key, 4)
-    width, count, size = PROXY.config.width, len(pairs), config.batch_size
-    params = {"trunk": PROXY.init(trunk_key), "head": head(head_key, width)}
+    count, size = len(pairs), config.batch_size
+    state = REWARD.init(head_key, widened(PROXY.init(trunk_key), really=variant.wide))
     sample = jax.random.randint(sample_key, (count,), 0, count)
     pairs = jnp.where(variant.bootstrap, pairs[sample], pairs)
     steps = variant.passes * (count // size)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(1.0, eps=1e-5, weight_decay=config.weight_decay),
-    )
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(eps=1e-5))
 
-    def loss(params: Params, tokens: Array) -> Array:
-        better, worse = score(PROXY, params, tokens.reshape(-1, tokens.shape[-1])).reshape(-1, 2).T
-        return bradley_terry_nll(better, worse, uniform=config.uniform).mean()
+    def loss(params: Any, tokens: Array) -> Array:
+        learned = state._replace(trunk=params[0], head=params[1])
+        scores = score(REWARD, learned, tokens.reshape(-1, tokens.shape[-1])).reshape(-1, 2)
+        return bradley_terry_nll(scores[:, 0], scores[:, 1]).mean()
 
     def step(number: Array, carry: Any) -> Any:
-        params, state = carry
+        params, moments = carry
         turn, place = jnp.divmod(number, count // size)
         order = jax.random.permutation(jax.random.fold_in(order_key, turn), count)
         rows = jax.lax.dynamic_slice_in_dim(order, place * size, size)
-        updates, state = optimizer.update(jax.grad(loss)(params, pairs[rows]), state, params)
+        updates, moments = adam.update(jax.grad(loss)(params, pairs[rows]), moments)
         rate = config.learning_rate * (1.0 - number / steps)
-        updates = jax.tree.map(lambda x: rate * x, updates)
-        return optax.apply_updates(params, updates), state
+        params = jax.tree.map(lambda x, u: x - rate * (u + variant.decay * x), params, updates)
+        return params, moments
 
-    start = params, optimizer.init(params)
-    return jax.lax.fori_loop(0, steps, step, start)[0]
+    params = trained(state)
+    (trunk, head), _ = jax.lax.fori_loop(0, steps, step, (params, adam.init(params)))
+    return state._replace(trunk=trunk, head=head)
 
 
 def in_chunks(fn: Any, tokens: Array) -> Array:
@@ -304,6 +324,11 @@ def report(written: dict[str, Any]) -> str:
         f"{written['seconds']:.0f} s on {written['cores']} core(s); at n = {written['n'][-1]}:"
     ]
     for name, found in written["variants"].items():
+        alone, together = (found[f"{x}_accuracy"] for x in ("single", "ensemble"))
+        lines.append(
+            f"{name}: accuracy {alone['mean']:.3f} +- {alone['error']:.3f}, of the mean "
+            f"{together['mean']:.3f} +- {together['error']:.3f}"
+        )
         for rule in RULES:
             true, learned = found[f"gold/{rule}"], found[f"proxy/{rule}"]
             gain, fall = true["over_single"], true["fall"]

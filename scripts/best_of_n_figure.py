@@ -37,7 +37,12 @@ def draw(written: dict[str, Any], out: Path) -> None:
     variants, distance = written["variants"], np.sqrt(np.asarray(written["kl"]))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2, len(variants), figsize=(12.0, 6.4), layout="constrained", sharex=True, sharey="row"
+            2,
+            len(variants),
+            figsize=(3.0 * len(variants), 6.0),
+            layout="constrained",
+            sharex=True,
+            sharey="row",
         )
         for (top, bottom), (name, found) in zip(axes.T, variants.items(), strict=True):
             _line(top, distance, found["proxy/single"], COLOURS[1], "one proxy, by itself")
@@ -52,7 +57,7 @@ def draw(written: dict[str, Any], out: Path) -> None:
                 _line(bottom, distance, found[f"gold/{rule}"], colour, text)
             accuracy = [found[f"{which}_accuracy"]["mean"] for which in ("single", "ensemble")]
             top.set_title(
-                f"{name}\naccuracy {accuracy[0]:.3f}, of the mean {accuracy[1]:.3f}",
+                f"{name}\naccuracy {accuracy[0]:.3f}, mean of 5 {accuracy[1]:.3f}",
                 loc="left", fontsize=9,
             )  # fmt: skip
             top.legend(loc="upper left", fontsize=8)
