@@ -56,12 +56,14 @@ class Variant(NamedTuple):
 
     Attributes:
       passes: over the pairs.
+      rate: step size of Adam at first; it falls to 0.
       decay: weight decay of AdamW, per unit of step size.
       bootstrap: every member sees a sample of the pairs of its own, with repetition.
       wide: weights start with deviation 1 / sqrt(fan-in), embeddings with 1, not with 0.02.
     """
 
     passes: Array | int
+    rate: Array | float = 1e-3
     decay: Array | float = 0.0
     bootstrap: Array | bool = False
     wide: Array | bool = False
@@ -72,8 +74,9 @@ VARIANTS = {
     "8 passes, wide start": Variant(8, wide=True),
     "8 passes, bootstrapped": Variant(8, bootstrap=True),
     "1 pass": Variant(1),
-    "2 passes, decay": Variant(2, decay=3.0),
+    "2 passes, larger steps": Variant(2, rate=2e-3, decay=3.0),
 }
+"""The last was chosen for its accuracy on other true rewards (first seeds 100 to 102)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +103,6 @@ class BestOfNConfig:
     """Largest n."""
     batch_size: int = 32
     """Pairs per update."""
-    learning_rate: float = 1e-3
-    """Step size of Adam at first; it falls to 0."""
     sharpness: float = 1.4
     """Deviation of the weights of the true reward, times the root of their fan-in: the more, the
     harder it is to learn."""
@@ -114,7 +115,6 @@ class BestOfNConfig:
         """
         check_whole(self, "seeds", "members", "pairs", "pool", "most", "batch_size")
         check_within(self, "flips", 0, 0.5)
-        check_within(self, "learning_rate", 0, ends="(]")
         if self.pool % CHUNK:
             raise ValueError(f"pool: got {self.pool}, expected a multiple of {CHUNK}")
 
@@ -282,7 +282,7 @@ def train(config: BestOfNConfig, variant: Variant, pairs: Array, key: Key) -> To
         order = jax.random.permutation(jax.random.fold_in(order_key, turn), count)
         rows = jax.lax.dynamic_slice_in_dim(order, place * size, size)
         updates, moments = adam.update(jax.grad(loss)(params, pairs[rows]), moments)
-        rate = config.learning_rate * (1.0 - number / steps)
+        rate = variant.rate * (1.0 - number / steps)
         params = jax.tree.map(lambda x, u: x - rate * (u + variant.decay * x), params, updates)
         return params, moments
 
