@@ -70,7 +70,7 @@ class StageRun(NamedTuple):
     stop_when: Callable[[Mapping[str, float]], str] = lambda metrics: ""
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """A signal has ended a run after a save."""
 
 
@@ -86,7 +86,7 @@ def run_stage(run: StageRun, loop: LoopConfig, out: Path) -> Any:
       The state of the stage at its end.
 
     Raises:
-      Stopped: when a signal came; the run is saved, and the same call goes on with it.
+      StoppedError: when a signal came; the run is saved, and the same call goes on with it.
       ValueError: for settings that have changed, or when updates stay without effect.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def _train(
                 return state
             if stop.requested:
                 told = "saved" if saved == step else f"NOT saved after update {saved}"
-                raise Stopped(f"{run.name}: stopped at update {step}, {told}")
+                raise StoppedError(f"{run.name}: stopped at update {step}, {told}")
 
 
 def _means(pending: list[Any]) -> dict[str, Any]:

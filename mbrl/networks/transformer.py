@@ -306,8 +306,7 @@ def transformer(config: TransformerConfig) -> Transformer:
         return finish(params, x, tokens.shape)
 
     def finish(params: Params, x: Array, shape: tuple[int, ...]) -> Array:
-        x = final.apply({"params": params["final_norm"]}, x)
-        return x.reshape(*shape, -1)
+        return jnp.asarray(final.apply({"params": params["final_norm"]}, x)).reshape(*shape, -1)
 
     def logits(params: Params, hidden: Array) -> Array:
         if not config.tied and "head" not in params:
