@@ -306,7 +306,8 @@ def transformer(config: TransformerConfig) -> Transformer:
         return finish(params, x, tokens.shape)
 
     def finish(params: Params, x: Array, shape: tuple[int, ...]) -> Array:
-        return jnp.asarray(final.apply({"params": params["final_norm"]}, x)).reshape(*shape, -1)
+        y: Any = final.apply({"params": params["final_norm"]}, x)
+        return y.reshape(*shape, -1)
 
     def logits(params: Params, hidden: Array) -> Array:
         if not config.tied and "head" not in params:
