@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"usage: mbrl rlhf STAGE; got {argv[0]!r}, stages: {', '.join(STAGES)}")
     config_class, job, help_text = STAGES[argv[0]]
     default, rest = _defaults(config_class, argv[1:])
-    config = parse(config_class, rest, f"mbrl rlhf {argv[0]}", help_text, default)
+    about = f"{help_text}. --config FILE.json gives the flags other defaults."
+    config = parse(config_class, rest, f"mbrl rlhf {argv[0]}", about, default)
     try:
         found = job(config)
     except StoppedError as stopped:

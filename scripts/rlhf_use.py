@@ -126,7 +126,8 @@ def generate_answers(job: GenerateJob) -> Path | None:
         liked = 0.0 * prompts[:, 0]
         if loaded is not None:
             liked = loaded.reward.scores(state, written.tokens, written.mask).mean(0)
-        return written.tokens[:, -job.text.max_answer :], written.mask, liked
+        length = job.text.max_answer
+        return written.tokens[:, -length:], written.mask[:, -length:], liked
 
     found: list[TextRow] = []
     for number, batch in enumerate(epoch(loader)):

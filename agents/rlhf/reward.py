@@ -92,7 +92,8 @@ def make_reward(model: Transformer, config: RewardConfig = RewardConfig()) -> St
         return TokenRewardState(merge(base, weights), head, ones, 0.0 * ones)
 
     def loss(trained: Any, base: Params, batch: TextBatch, weight: Array) -> tuple[Array, Array]:
-        return reward_loss(config, reward, assemble(*trained, base), batch, weight)
+        weights, head = trained
+        return reward_loss(config, reward, assemble(weights, head, base), batch, weight)
 
     def step(
         state: RewardStageState, given: RewardGiven, batch: TextBatch, key: Key
@@ -114,7 +115,8 @@ def make_reward(model: Transformer, config: RewardConfig = RewardConfig()) -> St
         return RewardStageState(trained, opt_state, state.draws), metrics
 
     def result(state: RewardStageState, given: RewardGiven) -> TokenRewardState:
-        return assemble(*state.trained, given.base)
+        weights, head = state.trained
+        return assemble(weights, head, given.base)
 
     return Stage(init, step, result)
 
