@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,7 +37,8 @@ class Cursor(NamedTuple):
 
 
 class TextBatch(NamedTuple):
-    """Prompts with K answers each; all arrays are numpy's.
+    """Prompts with K answers each; arrays are numpy's, and jax's within a
+    compiled step.
 
     Attributes:
       tokens: int32 [B, K, P + L]; [B, 1, P] for rows without answers.
@@ -50,16 +51,17 @@ class TextBatch(NamedTuple):
       row: int32 [B], index of the row in the data; -1 where the batch was filled up.
     """
 
-    tokens: np.ndarray
-    mask: np.ndarray
-    response: np.ndarray
-    rank: np.ndarray
-    margin: np.ndarray
-    row: np.ndarray
+    tokens: Any
+    mask: Any
+    response: Any
+    rank: Any
+    margin: Any
+    row: Any
 
 
 class SupervisedBatch(NamedTuple):
-    """Rows for supervised learning, padded on the right; all arrays are numpy's.
+    """Rows for supervised learning, padded on the right; arrays are numpy's, and jax's within a
+    compiled step.
 
     Attributes:
       tokens: int32 [B, T].
@@ -68,9 +70,9 @@ class SupervisedBatch(NamedTuple):
         first of a row.
     """
 
-    tokens: np.ndarray
-    mask: np.ndarray
-    target: np.ndarray
+    tokens: Any
+    mask: Any
+    target: Any
 
 
 B = TypeVar("B")

@@ -1,4 +1,4 @@
-"""`mbrl label RUN`: a page in the browser on which people say which clip is better."""
+"""`mbrl label RUN`: a page in the browser on which people say which clip or answer is better."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if __name__ == "__main__":  # run as a file: imports start at the checkout
 
 import tyro
 
+from mbrl.training.answer_store import AnswerStore
 from mbrl.training.comparison_store import COMPARISONS, SCHEMA, ComparisonStore
 from mbrl.training.run_directory import StopSignal
 from scripts.cli import parse, run
@@ -28,11 +29,13 @@ from scripts.label_server import Session, make_server
 class LabelConfig:
     """Show the pending comparisons of a run on a page of this machine, and write the answers.
 
-    Training may go on meanwhile: the page waits for the next question.
+    Training may go on meanwhile: the page waits for the next question. Answers of a language
+    model are ranked in the same way, and written to rankings.jsonl when this ends.
     """
 
     store: tyro.conf.Positional[str]
-    """Folder of a run, or of a store of comparisons."""
+    """Folder of a run, or of a store of comparisons, or a file of JSON lines, each with a prompt
+    and its answers; what is said of these goes to a folder beside it."""
     port: int = 0
     """Of the page; 0 = any that is free."""
     by: str = ""
@@ -55,16 +58,20 @@ def main(argv: list[str]) -> int:
         if config.open:  # some browsers run in the terminal and do not return
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         make_server(session, token).run(sockets=[listener])
+    if isinstance(session.store, AnswerStore):
+        session.store.write_rankings()
     print(f"{session.given} answers by {session.by!r} in this session, {session.store.path}")
     return 0
 
 
-def find_store(path: Path) -> ComparisonStore:
-    """Open the store in a folder, or that of a run.
+def find_store(path: Path) -> ComparisonStore | AnswerStore:
+    """Open the store in a folder or that of a run, or the questions in a file.
 
     Raises:
-      ValueError: when there is none.
+      ValueError: when there is none, or the file holds anything else.
     """
+    if path.is_file():
+        return AnswerStore(path)
     for folder in (path, path / COMPARISONS):
         if (folder / SCHEMA).exists():
             return ComparisonStore.open(folder, on_bad="skip")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mbrl.training.answer_store import AnswerStore, Question
 from mbrl.training.comparison_files import named
 from mbrl.training.comparison_store import ComparisonStore, Query
 
@@ -48,16 +49,18 @@ class Session:
     """The questions that one person is asked, one at a time; several threads may use it.
 
     Attributes:
-      store: of the comparisons.
+      store: of the questions.
       by: name of the person.
       given: answers so far, without those that were taken back.
     """
 
-    def __init__(self, store: ComparisonStore, by: str) -> None:
+    def __init__(self, store: ComparisonStore | AnswerStore, by: str) -> None:
         """Ask the pending queries of a store, oldest first."""
         self.store, self.by, self.given = store, by, 0
+        text = isinstance(store, AnswerStore)
+        self._options = store.options if text else store.schema.options
         self._lock = threading.Lock()
-        self._shown: Query | None = None
+        self._shown: Query | Question | None = None
         self._damaged: set[str] = set()
 
     def state(self) -> dict[str, Any]:
@@ -73,7 +76,7 @@ class Session:
             self._shown = self._next([query for query in queries if query not in answered])
         return {
             "query": self._shown.id if self._shown else None,
-            "options": self.store.schema.options,
+            "options": self._options,
             "answered": len(answered),
             "skipped": sum(label.rank is None for label in labels),
             "total": len(queries),
@@ -83,7 +86,7 @@ class Session:
             "store": str(self.store.path).encode("utf-8", "replace").decode(),
         }
 
-    def _next(self, pending: list[str]) -> Query | None:
+    def _next(self, pending: list[str]) -> Query | Question | None:
         for query in pending:
             if query not in self._damaged:
                 try:
@@ -135,7 +138,7 @@ class Session:
             self._shown, self.given = shown, max(self.given - 1, 0)
             return self._state()
 
-    def shown(self, query: str) -> Query:
+    def shown(self, query: str) -> Query | Question:
         """Return the query that is shown.
 
         Raises:
@@ -147,8 +150,10 @@ class Session:
         return found
 
 
-def view(query: Query) -> dict[str, Any]:
-    """Describe a query for the page: frames, or lines of the observations over time."""
+def view(query: Query | Question) -> dict[str, Any]:
+    """Describe a query for the page: text, frames, or lines of the observations over time."""
+    if isinstance(query, Question):
+        return {"query": query.id, "prompt": query.prompt, "captions": query.answers}
     frames = frames_of(query)
     found: dict[str, Any] = {"query": query.id, "captions": query.captions}
     if frames is not None:
@@ -176,9 +181,9 @@ def frames_of(query: Query) -> np.ndarray | None:
     return None
 
 
-def film(query: Query, option: int) -> bytes:
+def film(query: Query | Question, option: int) -> bytes:
     """Return the frames of one option as one PNG, in rows of the number that `view` tells."""
-    frames = frames_of(query)
+    frames = None if isinstance(query, Question) else frames_of(query)
     if frames is None or not 0 <= option < len(frames):
         raise RefusedError(404, f"query {query.id} has no film {option}")
     from PIL import Image

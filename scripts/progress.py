@@ -13,12 +13,15 @@ LINES = 20
 class Progress:
     """Shows steps (or episodes), return, speed and remaining time on stderr; a context manager."""
 
-    def __init__(self, title: str, step: int, total: int, unit: str = "step") -> None:
-        """Begin at `step` of `total`, counted in `unit`."""
+    def __init__(
+        self, title: str, step: int, total: int, unit: str = "step", value: str = "return"
+    ) -> None:
+        """Begin at `step` of `total`, counted in `unit`; `value` names the number beside them."""
         self._title, self._start, self._total, self._unit = title, step, total, unit
         self._began = time.perf_counter()
         self._shown = step
-        self._return: float | None = None
+        self._name, self._digits = value, ".1f" if value == "return" else ".3f"
+        self._value: float | None = None
         self._bar: Any = None
         self._task: Any = None
 
@@ -45,12 +48,12 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, mean_return: float | None) -> None:
-        """Show that `step` is reached; `mean_return` None keeps the last one."""
-        self._return = self._return if mean_return is None else mean_return
+    def update(self, step: int, value: float | None) -> None:
+        """Show that `step` is reached; `value` None keeps the last one."""
+        self._value = self._value if value is None else value
         speed = (step - self._start) / max(time.perf_counter() - self._began, 1e-9)
         told = f"{speed:.1f} {self._unit}s/s" + (
-            "" if self._return is None else f"  return {self._return:.1f}"
+            "" if self._value is None else f"  {self._name} {self._value:{self._digits}}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, told=told)

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # run as a file: imports start at the checkout
 from scripts import config_json, rlhf_jobs, rlhf_use
 from scripts.cli import parse, run
 from scripts.rlhf_pipeline import PipelineConfig, pipeline
-from scripts.rlhf_stage import STOPPED, Stopped
+from scripts.rlhf_stage import STOPPED, StoppedError
 
 STAGES: dict[str, tuple[type[Any], Callable[[Any], Any], str]] = {
     "run": (PipelineConfig, pipeline, "data, sft, reward, ppo and dpo, one after the other"),
@@ -41,10 +41,11 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"usage: mbrl rlhf STAGE; got {argv[0]!r}, stages: {', '.join(STAGES)}")
     config_class, job, help_text = STAGES[argv[0]]
     default, rest = _defaults(config_class, argv[1:])
-    config = parse(config_class, rest, f"mbrl rlhf {argv[0]}", help_text, default)
+    about = f"{help_text}. --config FILE.json gives the flags other defaults."
+    config = parse(config_class, rest, f"mbrl rlhf {argv[0]}", about, default)
     try:
         found = job(config)
-    except Stopped as stopped:
+    except StoppedError as stopped:
         print(f"{stopped} (exit code {STOPPED}); the same command goes on", file=sys.stderr)
         return STOPPED
     if isinstance(found, Path):

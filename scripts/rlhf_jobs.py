@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from agents.rlhf.direct import (
@@ -240,7 +241,7 @@ def direct(job: DirectJob) -> Path:
 
     def batch(update: int) -> DirectBatch:
         text = at_update(loader, update)
-        return DirectBatch(text, reference[text.row])
+        return DirectBatch(text, jnp.asarray(reference[text.row]))
 
     run = StageRun("dpo", stage, given, batch, _settings(job))
     state = run_stage(run, job.loop, out)

@@ -70,7 +70,7 @@ class StageRun(NamedTuple):
     stop_when: Callable[[Mapping[str, float]], str] = lambda metrics: ""
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """A signal has ended a run after a save."""
 
 
@@ -86,7 +86,7 @@ def run_stage(run: StageRun, loop: LoopConfig, out: Path) -> Any:
       The state of the stage at its end.
 
     Raises:
-      Stopped: when a signal came; the run is saved, and the same call goes on with it.
+      StoppedError: when a signal came; the run is saved, and the same call goes on with it.
       ValueError: for settings that have changed, or when updates stay without effect.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,8 @@ def _train(
     pending: list[Any] = []
     began = time.perf_counter()
     saved = step
-    with Progress(run.name, step, loop.steps, "update") as progress:
+    told = "score" if run.name == "ppo" else "loss"
+    with Progress(run.name, step, loop.steps, "update", told) as progress:
         while True:
             batch = run.batch(step)
             state, metrics = update(state, run.given, batch, jax.random.fold_in(key, step + 1))
@@ -143,7 +144,7 @@ def _train(
                 reason = run.stop_when(means)
                 if reason:
                     print(f"{run.name}: ended at update {step}: {reason}", file=sys.stderr)
-                progress.update(step, means.get("score", means.get("loss")))
+                progress.update(step, float(np.mean(means[told])))
             over = step >= loop.steps or bool(reason)
             if over or stop.requested or step - saved >= loop.save_every:
                 log.sync()
@@ -151,8 +152,8 @@ def _train(
             if over:
                 return state
             if stop.requested:
-                told = "saved" if saved == step else f"NOT saved after update {saved}"
-                raise Stopped(f"{run.name}: stopped at update {step}, {told}")
+                kept = "saved" if saved == step else f"NOT saved after update {saved}"
+                raise StoppedError(f"{run.name}: stopped at update {step}, {kept}")
 
 
 def _means(pending: list[Any]) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import numpy as np
 
 from agents.rlhf.reward import score_rankings
 from mbrl.losses.direct_preference import sequence_log_prob
+from mbrl.losses.preference import ranked_pairs
 from mbrl.models.generation import generate
 from mbrl.models.token import token_log_probs
 from mbrl.networks.transformer import TransformerConfig, family_config, transformer
 from mbrl.preferences import grammar
 from mbrl.preferences.evaluation import accuracy, expected_calibration_error, log_loss
-from mbrl.losses.preference import ranked_pairs
 from mbrl.text_batches import BatchConfig, epoch, text_loader
 from mbrl.text_rows import TextRow, encode_rows
 from mbrl.training import run_directory
@@ -126,7 +126,8 @@ def generate_answers(job: GenerateJob) -> Path | None:
         liked = 0.0 * prompts[:, 0]
         if loaded is not None:
             liked = loaded.reward.scores(state, written.tokens, written.mask).mean(0)
-        return written.tokens[:, -job.text.max_answer :], written.mask, liked
+        length = job.text.max_answer
+        return written.tokens[:, -length:], written.mask[:, -length:], liked
 
     found: list[TextRow] = []
     for number, batch in enumerate(epoch(loader)):
@@ -205,13 +206,16 @@ def judge_reward(reward: str, data: str, text: TextConfig) -> dict[str, Any]:
       Results of the mean of the members, and the accuracy of each.
     """
     rows = read_text(Path(data), "rankings", on_error=text.on_error).rows
-    scores, rank, source = _all_scores(load_reward(reward), rows, text)
+    scores, ranks, source = _all_scores(load_reward(reward), rows, text)
+    rank = jnp.asarray(ranks)
     mean = jnp.asarray(scores.mean(0))
     subsets = np.array([rows[i].subset for i in source])
-    sizes = (rank >= 0).sum(1)
+    sizes = (ranks >= 0).sum(1)
     result = _measured(mean, rank) | {
         "members": [float(accuracy(jnp.asarray(s), rank)) for s in scores],
-        "by_size": {str(k): _measured(mean[sizes == k], rank[sizes == k]) for k in np.unique(sizes)},
+        "by_size": {
+            str(k): _measured(mean[sizes == k], rank[sizes == k]) for k in np.unique(sizes)
+        },
     }
     if subsets.any():
         result["by_subset"] = {
@@ -221,17 +225,18 @@ def judge_reward(reward: str, data: str, text: TextConfig) -> dict[str, Any]:
     return result
 
 
-def _measured(scores: Array, rank: Any) -> dict[str, float]:
-    pairs = ranked_pairs(scores, jnp.asarray(rank))
+def _measured(scores: Array, rank: Array) -> dict[str, float]:
+    pairs = ranked_pairs(scores, rank)
     counts = pairs.present & ~pairs.tied
     prob = jax.nn.sigmoid(jnp.abs(pairs.better - pairs.worse))
     right = (pairs.better > pairs.worse).astype(jnp.float32)
-    flat = (x.reshape(-1) for x in (prob, right, counts))
     return {
         "pairs": int(counts.sum()),
-        "accuracy": float(accuracy(scores, jnp.asarray(rank))),
-        "log_loss": float(log_loss(scores, jnp.asarray(rank))),
-        "calibration_error": float(expected_calibration_error(*flat)),
+        "accuracy": float(accuracy(scores, rank)),
+        "log_loss": float(log_loss(scores, rank)),
+        "calibration_error": float(
+            expected_calibration_error(prob.reshape(-1), right.reshape(-1), counts.reshape(-1))
+        ),
     }
 
 

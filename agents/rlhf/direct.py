@@ -101,7 +101,10 @@ def make_direct(model: Transformer, config: DirectConfig = DirectConfig()) -> St
 
 def answer_log_probs(model: Transformer, params: Params, text: TextBatch) -> Array:
     """Compute the log-probability of every answer, [B, K]: a sum over its tokens, with its end."""
-    rows = text.tokens.reshape(-1, text.tokens.shape[-1]), text.mask.reshape(-1, text.mask.shape[-1])
+    rows = (
+        text.tokens.reshape(-1, text.tokens.shape[-1]),
+        text.mask.reshape(-1, text.mask.shape[-1]),
+    )
     length = text.response.shape[-1]
     log_prob = token_log_probs(model, params, *rows, length).reshape(text.response.shape)
     return sequence_log_prob(log_prob, jnp.asarray(text.response))

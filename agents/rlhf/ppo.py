@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,7 @@ def make_token_ppo(
     def init(key: Key, given: TokenPPOGiven) -> TokenPPOState:
         weights = tuned.init(key, given.base)
         critic = first_critic(model, config, given)
-        opt_state = tuned.optimizer.init((weights, critic))
+        opt_state = tuned.optimizer.init(cast(Params, (weights, critic)))
         return TokenPPOState(weights, critic, opt_state, jnp.asarray(config.kl_coef, jnp.float32))
 
     def step(
@@ -233,9 +233,7 @@ def evaluate(
     before = slice(-length - 1, -1)
     hidden = model.hidden(params, tokens, mask)[:, before]
     logits = model.logits(params, hidden)
-    log_prob = chosen_log_probs(
-        logits, tokens[:, -length:], mask[:, -length:], config.temperature
-    )
+    log_prob = chosen_log_probs(logits, tokens[:, -length:], mask[:, -length:], config.temperature)
     if critic.trunk is not None:
         hidden = model.hidden(critic.trunk, tokens, mask)[:, before]
     return log_prob, hidden @ critic.head + critic.bias

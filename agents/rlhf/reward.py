@@ -7,7 +7,7 @@ that K answers cost K evaluations, and prompts with more answers weigh no more t
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +54,9 @@ class RewardConfig:
 
 
 class RewardStageState(NamedTuple):
-    """Everything that is learned: weights of transformer(s) and heads; draws of the bootstrap."""
+    """Everything that is learned: weights of the transformers and heads; draws of the bootstrap."""
 
-    weights: Params
-    head: Array
+    trained: tuple[Params, Array]
     opt_state: Any
     draws: Key
 
@@ -73,47 +72,51 @@ def make_reward(model: Transformer, config: RewardConfig = RewardConfig()) -> St
 
     The result is not normalized: `TokenReward.normalize` knows what to normalize it on.
     """
-    tuned, reward = tuning(config.tuning), reward_of(model, config)
     whole = config.kind == "whole"
+    tuned, reward = tuning(config.tuning, members=whole), reward_of(model, config)
 
     def init(key: Key, given: RewardGiven) -> RewardStageState:
         head_key, weight_key, draws = jax.random.split(key, 3)
         head = reward.init(head_key, given.base).head
         if whole:
             keys = jax.random.split(weight_key, config.members)
-            weights = jax.vmap(tuned.init, (0, None))(keys, given.base)
+            weights = jax.vmap(lambda key: tuned.init(key, given.base))(keys)
         else:
             weights = tuned.init(weight_key, given.base)
-        return RewardStageState(weights, head, tuned.optimizer.init((weights, head)), draws)
+        trained = weights, head
+        return RewardStageState(trained, tuned.optimizer.init(cast(Params, trained)), draws)
 
     def assemble(weights: Params, head: Array, base: Params) -> TokenRewardState:
-        merge = jax.vmap(tuned.merge, (None, 0)) if whole else tuned.merge
+        merge: Any = jax.vmap(tuned.merge, (None, 0)) if whole else tuned.merge
         ones = jnp.ones(config.members)
         return TokenRewardState(merge(base, weights), head, ones, 0.0 * ones)
 
     def loss(trained: Any, base: Params, batch: TextBatch, weight: Array) -> tuple[Array, Array]:
-        return reward_loss(config, reward, assemble(*trained, base), batch, weight)
+        weights, head = trained
+        return reward_loss(config, reward, assemble(weights, head, base), batch, weight)
 
     def step(
         state: RewardStageState, given: RewardGiven, batch: TextBatch, key: Key
     ) -> tuple[RewardStageState, Metrics]:
         del key
         weight = ranking_weights(config, state.draws, batch)
-        trained = state.weights, state.head
         (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(
-            trained, given.base, batch, weight
+            state.trained, given.base, batch, weight
         )
-        trained, opt_state, metrics = descend(tuned.optimizer, grads, state.opt_state, trained)
+        trained, opt_state, metrics = descend(
+            tuned.optimizer, grads, state.opt_state, state.trained
+        )
         metrics |= {
             "loss": value / config.members,
             "accuracy": jnp.mean(jax.vmap(accuracy, (0, None))(scores, batch.rank)),
             "score": jnp.mean(scores),
             "spread": jnp.mean(scores.std(0)),
         }
-        return RewardStageState(*trained, opt_state, state.draws), metrics
+        return RewardStageState(trained, opt_state, state.draws), metrics
 
     def result(state: RewardStageState, given: RewardGiven) -> TokenRewardState:
-        return assemble(state.weights, state.head, given.base)
+        weights, head = state.trained
+        return assemble(weights, head, given.base)
 
     return Stage(init, step, result)
 

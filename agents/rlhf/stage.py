@@ -76,8 +76,10 @@ class Tuning(NamedTuple):
     optimizer: optax.GradientTransformationExtraArgs
 
 
-def tuning(config: TuningConfig) -> Tuning:
-    """Build what `config` says."""
+def tuning(config: TuningConfig, members: bool = False) -> Tuning:
+    """Build what `config` says; with `members`, every leaf that is trained has an axis [N] of them,
+    and each has a gradient norm of its own.
+    """
 
     def rate(count: Any) -> Array:
         rising = jnp.minimum(1.0, (count + 1) / max(config.warmup, 1))
@@ -86,9 +88,8 @@ def tuning(config: TuningConfig) -> Tuning:
         return config.learning_rate * rising * falling
 
     adam = optax.adamw(rate, eps=config.eps, weight_decay=config.weight_decay)
-    optimizer = optim.apply_if_finite_counted(
-        optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
-    )
+    clip = optim.clip_by_member_norm if members else optax.clip_by_global_norm
+    optimizer = optim.apply_if_finite_counted(optax.chain(clip(config.clip_norm), adam))
     if config.lora:
         adapters = lora(config.lora, config.alpha)
         return Tuning(adapters.init, adapters.merge, optimizer)
@@ -103,5 +104,5 @@ def descend(
     """Take one step; returns weights, state of the optimizer, and the count of skipped steps."""
     updates, changed = optimizer.update(grads, opt_state, weights)
     counts = optim.skipped(cast(optim.FiniteState, changed))
-    metrics = counts | {"gradient_norm": optax.global_norm(grads)}
+    metrics = counts | {"gradient_norm": optax.tree.norm(grads)}
     return optax.apply_updates(weights, updates), changed, metrics

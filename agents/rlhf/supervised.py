@@ -69,6 +69,6 @@ def supervised_loss(model: Transformer, params: Params, batch: SupervisedBatch) 
 
     A mean over the tokens of the batch: long answers weigh as much as their tokens do.
     """
-    length = batch.tokens.shape[1] - 1
-    log_prob = token_log_probs(model, params, batch.tokens, batch.mask, length)
-    return -average(log_prob, batch.target[:, 1:].astype(jnp.float32))
+    tokens, mask, target = (jnp.asarray(x) for x in batch)
+    log_prob = token_log_probs(model, params, tokens, mask, tokens.shape[1] - 1)
+    return -average(log_prob, target[:, 1:].astype(jnp.float32))

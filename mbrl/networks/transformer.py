@@ -306,8 +306,8 @@ def transformer(config: TransformerConfig) -> Transformer:
         return finish(params, x, tokens.shape)
 
     def finish(params: Params, x: Array, shape: tuple[int, ...]) -> Array:
-        x = final.apply({"params": params["final_norm"]}, x)
-        return x.reshape(*shape, -1)
+        y: Any = final.apply({"params": params["final_norm"]}, x)
+        return y.reshape(*shape, -1)
 
     def logits(params: Params, hidden: Array) -> Array:
         if not config.tied and "head" not in params:

@@ -45,11 +45,9 @@ def rank_answers(
     order = jnp.argsort(-((score if rational else config.beta * score) + noise), axis=1)
     mistaken = jax.random.bernoulli(mistake_key, config.mistake, (M,))
     place = jax.random.randint(place_key, (M,), 0, K - 1)
-    at = jnp.arange(K)
-    swapped = jnp.where(
-        at == place[:, None], at + 1, jnp.where(at == place[:, None] + 1, at - 1, at)
-    )
-    order = jnp.where(mistaken[:, None], jnp.take_along_axis(order, swapped, 1), order)
+    at, place = jnp.arange(K), jnp.where(mistaken, place, K)[:, None]
+    swapped = at + (at == place) - (at == place + 1)
+    order = jnp.take_along_axis(order, swapped, 1)
     gap = jnp.abs(jnp.diff(jnp.take_along_axis(score, order, 1), axis=1))
     tied = (gap < config.equal * jnp.abs(scale)) | (rational & (gap == 0.0))
     places = jnp.pad(jnp.cumsum(~tied, axis=1), ((0, 0), (1, 0)))

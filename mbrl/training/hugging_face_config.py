@@ -180,17 +180,18 @@ def write_config(config: TransformerConfig, head: bool = False) -> dict[str, Any
             "n_layer": config.layers,
             "n_embd": config.width,
             "n_head": config.heads,
-            "n_inner": config.mlp,
+            "n_inner": config.mlp_width or None,
             "n_positions": config.max_length,
             "layer_norm_epsilon": config.eps,
             "activation_function": "gelu_new",
         }
+    if config.head_dim or family == "qwen3":
+        entries["head_dim"] = config.head
     return entries | {
         "num_hidden_layers": config.layers,
         "hidden_size": config.width,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.num_kv,
-        "head_dim": config.head,
         "intermediate_size": config.mlp,
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.eps,

@@ -7,6 +7,7 @@
 | unpaired | `prompt`, `answer`, and `label`: true for a good one |
 | rankings | `prompt`, `chosen`, `rejected`; `tie` true where neither is better |
 | | or `prompt`, `answers` (2 to 9) and `rank`: 0 = best, equal = tie |
+| questions | `prompt` and `answers`: rankings that nobody has given yet |
 
 A row may have an `id`; rankings a `margin` (by how much the best is better) and a `subset` (group
 of an evaluation, within which ids are unique). `completion` is another name of `answer`. A field
@@ -26,13 +27,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from mbrl.text_rows import MAX_OPTIONS, TextRow
 from mbrl.training.json_lines import BadFileError, check_rank, is_number, parse, read_lines
 
-Kind = Literal["prompts", "demonstrations", "unpaired", "rankings"]
-KINDS: tuple[Kind, ...] = ("prompts", "demonstrations", "unpaired", "rankings")
+Kind = Literal["prompts", "demonstrations", "unpaired", "rankings", "questions"]
 MAX_LINE = 16 * 2**20
 """Bytes of a line."""
 
@@ -187,6 +187,8 @@ def as_fields(kind: Kind, row: TextRow) -> dict[str, Any]:
             found |= {"answers": list(row.answers), "rank": list(row.rank)}
             found |= {"margin": row.margin} if row.margin else {}
             found |= {"subset": row.subset} if row.subset else {}
+        case "questions":
+            found["answers"] = list(row.answers)
     return found
 
 
@@ -197,8 +199,8 @@ def _collect(
     on_error: str,
     name: str,
 ) -> TextData:
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r:.60}, expected one of {', '.join(KINDS)}")
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind: got {kind!r:.60}, expected one of {', '.join(get_args(Kind))}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: got {on_error!r:.60}, expected 'raise' or 'skip'")
     rows, ids = [], set()
@@ -258,13 +260,15 @@ def _answers(taken: dict[str, Any], kind: Kind) -> tuple[list[Any], list[int]]:
     """Take the answers out of the fields of a row, as they are, and their ranks."""
     if kind == "prompts":
         return [], []
-    if kind == "rankings" and "answers" in taken:
-        answers, rank = taken.pop("answers"), _need(taken, "rank")
+    if kind == "questions" or (kind == "rankings" and "answers" in taken):
+        answers = _need(taken, "answers")
         if not isinstance(answers, list) or not 2 <= len(answers) <= MAX_OPTIONS:
             raise BadFileError(
                 "answers", f"answers: got {answers!r:.60}, expected a list of 2 .. {MAX_OPTIONS}"
             )
-        check_rank(rank, len(answers))
+        rank = [] if kind == "questions" else _need(taken, "rank")
+        if kind == "rankings":
+            check_rank(rank, len(answers))
         return answers, rank
     if kind == "rankings":
         answers, tie = [_need(taken, "chosen"), _need(taken, "rejected")], taken.pop("tie", False)

@@ -233,7 +233,7 @@ def test_packing_loses_no_token_and_splits_no_example():
         for i in range(60)
     ]
     for pack in (True, False):
-        loader = supervised_loader(rows, 32, BatchConfig(4), pack=pack)
+        loader = supervised_loader(rows, 32, BatchConfig(7), pack=pack)
         batches = list(epoch(loader))
         # Rows that fill the last batch repeat others, and teach nothing.
         lines = [

@@ -6,7 +6,7 @@ import json
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -56,6 +56,7 @@ FORMS: list[tuple[Kind, dict[str, Any], TextRow]] = [
     ("rankings", PAIR | {"tie": True}, TextRow("p", ("good", "bad"), (0, 0))),
     ("rankings", PAIR | {"subset": "s"}, TextRow("p", ("good", "bad"), (0, 1), subset="s")),
     ("rankings", RANKING, TextRow("p", ("x", "y", "z"), (1, 0, 1))),
+    ("questions", {"prompt": "p", "answers": ["x", "y"]}, TextRow("p", ("x", "y"))),
     # Conversations: only the answer, the whole of it, with the prompt as a string, without one.
     (
         "rankings",
@@ -91,7 +92,7 @@ def test_every_form_of_a_row_is_read(kind: Kind, fields: dict[str, Any], want: T
 
 
 def test_what_is_written_is_read_again(tmp_path: Path):
-    for kind in ("prompts", "demonstrations", "unpaired", "rankings"):
+    for kind in get_args(Kind):
         rows = [
             want._replace(prompt=f"{want.prompt} ä\n\u2028") for k, _, want in FORMS if k == kind
         ]
@@ -117,6 +118,7 @@ FAULTS: dict[str, list[tuple[Kind, bytes | dict[str, Any], str]]] = {
         ("rankings", {"chosen": "a", "rejected": "b"}, "field 'prompt' is missing"),
         ("rankings", {"prompt": "p", "answers": ["a", "b"]}, "field 'rank' is missing"),
         ("unpaired", {"prompt": "p", "answer": "a"}, "field 'label' is missing"),
+        ("questions", {"prompt": "p"}, "field 'answers' is missing"),
         ("demonstrations", {"prompt": "p"}, r"\[\] are there, expected one of \['answer'"),
     ],
     "type": [
@@ -159,6 +161,7 @@ GOOD = {
     "demonstrations": {"text": "t"},
     "unpaired": {"prompt": "p", "answer": "a", "label": True},
     "rankings": PAIR,
+    "questions": {"prompt": "p", "answers": ["a", "b"]},
 }
 
 

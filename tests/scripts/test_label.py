@@ -24,7 +24,9 @@ import pytest
 
 from mbrl.spaces import box
 from mbrl.training import comparison_labels
+from mbrl.training.answer_store import AnswerStore
 from mbrl.training.comparison_store import ComparisonStore, Query, Schema
+from mbrl.training.text_data import read_text
 from mbrl.types import Discrete, Space, Transition
 from scripts import cli, label, label_server
 
@@ -49,7 +51,7 @@ class Reply(NamedTuple):
 class Page(NamedTuple):
     """A server in a thread, and the store behind it."""
 
-    store: ComparisonStore
+    store: ComparisonStore | AnswerStore
     port: int
 
     def get(self, path: str, token: str | None = TOKEN, **options: Any) -> Reply:
@@ -96,9 +98,11 @@ def make_store(path: Path, options: int = 2, space: Space = POSITION) -> Compari
 
 
 @contextlib.contextmanager
-def serve(store: ComparisonStore, by: str = "ada") -> Iterator[Page]:
+def serve(store: ComparisonStore | AnswerStore, by: str = "ada") -> Iterator[Page]:
     """Run the server in a thread."""
-    session = label_server.Session(ComparisonStore.open(store.path, on_bad="skip"), by)
+    if isinstance(store, ComparisonStore):
+        store = ComparisonStore.open(store.path, on_bad="skip")
+    session = label_server.Session(store, by)
     server = label_server.make_server(session, TOKEN)
     with label.listen(0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -333,6 +337,32 @@ def test_many_dimensions_are_counted_and_images_are_films():
     np.testing.assert_array_equal(film[..., 2], gray[..., 0])
 
 
+QUESTIONS = [{"prompt": f"list {i}", "answers": [f"{i} a", f"{i} b", f"{i} c"]} for i in range(3)]
+
+
+def write_questions(path: Path) -> Path:
+    path.write_text("".join(json.dumps(x) + "\n" for x in QUESTIONS), "utf-8")
+    return path
+
+
+def test_answers_of_a_language_model_are_ranked(tmp_path):
+    store = AnswerStore(write_questions(tmp_path / "questions.jsonl"))
+    with serve(store) as page:
+        state = page.get("/api/state").json
+        assert (state["query"], state["options"], state["total"]) == ("00000000", 3, 3)
+        shown = page.get("/api/query?query=00000000").json
+        assert shown == {
+            "query": "00000000", "prompt": "list 0", "captions": ["0 a", "0 b", "0 c"]
+        }  # fmt: skip
+        assert page.get("/clip?query=00000000&option=0").status == 404
+        answer = {"query": "00000000", "rank": [1, 0, 1]}
+        assert page.post("/api/answer", answer).json["query"] == "00000001"
+        assert page.post("/api/answer", answer).status == 409
+        assert page.post("/api/answer", {"query": "00000001", "rank": [0, 1]}).status == 400
+        assert page.post("/api/answer", {"query": "00000001", "rank": None}).status == 200
+        assert page.post("/api/undo", {}).json["query"] == "00000001"
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("argv", "words"),
@@ -388,3 +418,24 @@ def test_a_signal_ends_it_with_the_number_of_answers(number, tmp_path):
         assert process.wait(20) == 0
     assert "1 answers by 'ö'" in rest
     assert store.labels()[0].by == "ö"
+
+
+@pytest.mark.fault
+def test_rankings_are_written_when_it_ends(tmp_path):
+    questions = write_questions(tmp_path / "questions.jsonl")
+    AnswerStore(questions).add_label("00000002", [0, 0, 1], by="bob")
+    command = [sys.executable, "scripts/label.py", str(questions), "--no-open"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        assert process.stdout is not None
+        found = re.search(r":(\d+)/\?token=([\w-]{32})\n", process.stdout.readline())
+        assert found is not None
+        page = Page(AnswerStore(questions), int(found[1]))
+        page.get("/api/state", found[2])
+        answer = {"query": "00000000", "rank": [2, 1, 0]}
+        assert page.post("/api/answer", answer, found[2]).status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    rows = read_text(tmp_path / "questions.labels" / "rankings.jsonl", "rankings").rows
+    assert [(row.prompt, row.rank) for row in rows] == [
+        ("list 0", (2, 1, 0)), ("list 2", (0, 0, 1)),
+    ]  # fmt: skip

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from mbrl.spaces import box
+from mbrl.text_rows import TextRow
+from mbrl.training.answer_store import AnswerStore
+from mbrl.training.text_data import write_text
 from tests.scripts.test_label import TOKEN, Page, make_store, segments, serve
 
 pytest.importorskip("selenium", reason='needs selenium, of the extra "dev"')
@@ -87,7 +90,7 @@ class Person:
         return self.browser.find_element(By.ID, name).text
 
     def ranks(self) -> dict[str, Any]:
-        return {label.query: label.rank for label in self.page.store.labels()}
+        return {label.query: label.rank for label in self.page.store.read_labels().labels}
 
     def screenshot(self, name: str) -> None:
         if SCREENSHOTS:
@@ -251,3 +254,42 @@ def test_three_are_put_in_order(browser, tmp_path):
         person.press("t")
         person.sees("")
         assert person.ranks()["00000002"] == (0, 0, 0)
+
+
+def test_answers_are_ranked_with_every_kind_of_tie(browser, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    answers = (HOSTILE, "two\nlines", "", " ".join(["fourth"] * 60))
+    rows = [TextRow(f"say {i} {HOSTILE}", answers) for i in range(5)]
+    write_text(questions, "questions", rows)
+    with serve(AnswerStore(questions)) as page:
+        person = Person(browser, page)
+        keys = {
+            "21=3": (1, 0, 1, 2),  # the second, then two alike, then what is left
+            "4=1t": (0, 1, 1, 0),  # two alike, and so is the rest
+            "3t": (1, 1, 0, 1),
+            "3==14": (1, 3, 0, 2),  # "=" twice is none
+            "1=z2=43": (2, 0, 1, 0),
+        }
+        for i, (pressed, rank) in enumerate(keys.items()):
+            person.sees(f"{i:08d}")
+            assert person.text("prompt") == f"say {i} {HOSTILE}"
+            if i == 0:
+                captions = browser.find_elements(By.TAG_NAME, "figcaption")
+                assert [x.text for x in captions] == [*answers]
+                assert browser.find_elements(By.TAG_NAME, "canvas") == []
+                person.screenshot("answers")
+            for key in pressed:
+                person.press(key)
+            person.sees(f"{i + 1:08d}" if i < 4 else "")
+            assert person.ranks()[f"{i:08d}"] == rank
+        person.click("Undo")
+        person.sees("00000004")
+        buttons = browser.find_elements(By.CSS_SELECTOR, "button.choice")
+        buttons[0].click()
+        person.click("The next is as good")
+        assert [x.text for x in buttons] == ["Place 11", "As good2", "As good3", "As good4"]
+        buttons[1].click()
+        person.click("The rest are equally good")
+        person.sees("")
+        assert person.ranks()["00000004"] == (0, 0, 1, 1)
+        assert person.complaints() == []

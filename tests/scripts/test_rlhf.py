@@ -1,0 +1,186 @@
+"""`mbrl rlhf`: the pipeline on files, each stage alone, and going on after a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mbrl.training import checkpoint, run_directory
+from scripts import cli, rlhf, rlhf_jobs
+from scripts.rlhf_models import load_model, load_reward
+from scripts.rlhf_pipeline import PipelineConfig
+from scripts.rlhf_stage import CHECKPOINTS
+
+pytestmark = pytest.mark.usefixtures("same_versions")
+
+SMALL = {
+    "architecture": {"layers": 1, "width": 16, "heads": 2},
+    "sft": {"loop": {"steps": 4, "batch_size": 8, "save_every": 2, "tensorboard": False}},
+    "reward": {
+        "loop": {"steps": 2, "batch_size": 4, "tensorboard": False}, "learner": {"members": 2},
+    },
+    "ppo": {
+        "loop": {"steps": 2, "batch_size": 8, "tensorboard": False},
+        "learner": {"epochs": 1, "minibatches": 1},
+    },
+    "dpo": {"loop": {"steps": 2, "batch_size": 8, "tensorboard": False}},
+}  # fmt: skip
+
+
+def call(*argv: str) -> int:
+    return cli.main(["rlhf", *argv])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rlhf")
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    assert call("run", "--config", str(folder / "config.json"), "--out", str(folder / "run")) == 0
+    return folder / "run"
+
+
+def test_the_pipeline_judges_every_policy_on_new_prompts(made: Path) -> None:
+    result = json.loads((made / "result.json").read_text())
+    assert set(result) == {"reward", "sft", "ppo", "dpo"}
+    # Every prompt has been answered once; the reference is no distance from itself.
+    assert abs(result["sft"]["kl"]["mean"]) < 1e-5
+    assert abs(result["sft"]["score"]["mean"]) < 0.5
+    for policy in ("sft", "ppo", "dpo"):
+        assert np.isfinite(result[policy]["gold"]["mean"])
+    assert result["reward"]["pairs"] == 201 * 6
+    lines = [json.loads(x) for x in (made / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert abs(lines[0]["kl"]) < 1.0
+    assert {"gold", "score", "score/spread", "length", "ended"} <= lines[0].keys()
+
+
+def test_the_same_command_finds_all_of_it_done(made: Path, capsys: Any) -> None:
+    before = {file: file.stat().st_mtime_ns for file in made.rglob("*.safetensors")}
+    config = str(made.parent / "config.json")
+    assert call("run", "--config", config, "--out", str(made)) == 0
+    assert {file: file.stat().st_mtime_ns for file in made.rglob("*.safetensors")} == before
+    assert "compiling" not in capsys.readouterr().err
+
+
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(made: Path, tmp_path: Path) -> None:
+    job = rlhf_jobs.SupervisedJob(
+        str(made / "data" / "train" / "demonstrations.jsonl"), str(made / "base"), str(tmp_path),
+        rlhf.merged(PipelineConfig(), SMALL, "test").text,
+        rlhf.merged(PipelineConfig(), SMALL, "test").sft.loop,
+    )  # fmt: skip
+    rlhf_jobs.supervised(job)
+    whole = checkpoint.read_manifest(tmp_path / CHECKPOINTS)
+    assert whole is not None and whole[0] == 4
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    # As a kill between updates 2 and 4 leaves it.
+    shutil.rmtree(tmp_path / CHECKPOINTS / "step_000000004")
+    shutil.rmtree(tmp_path / "model")
+    rlhf_jobs.supervised(job)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+    steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_stop_saves_and_says_so(
+    made: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    class AtOnce(run_directory.StopSignal):
+        requested = True
+
+        def __init__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __enter__(self) -> AtOnce:
+            return self
+
+    monkeypatch.setattr(run_directory, "StopSignal", AtOnce)
+    flags = ["--data", str(made / "data/train/demonstrations.jsonl"), "--model", str(made / "base")]
+    flags += ["--text.max-prompt", "6", "--text.max-answer", "16", "--out", str(tmp_path)]
+    assert call("sft", *flags, "--loop.no-tensorboard") == 75
+    assert "stopped at update 1, saved" in capsys.readouterr().err
+    assert checkpoint.read_manifest(tmp_path / CHECKPOINTS) is not None
+
+
+def test_other_settings_are_refused(made: Path, capsys: Any) -> None:
+    config = str(made.parent / "config.json")
+    argv = ["--config", config, "--out", str(made), "--sft.learner.tuning.learning-rate", "0.5"]
+    assert call("run", *argv) == 2
+    assert "learning_rate: 0.003 -> 0.5" in capsys.readouterr().err
+
+
+def test_answers_are_chosen_by_the_reward_model(made: Path, tmp_path: Path, capsys: Any) -> None:
+    text = ["--text.max-prompt", "6", "--text.max-answer", "16"]
+    prompts = str(made / "data" / "test" / "prompts.jsonl")
+    means = []
+    for n in ("1", "8"):
+        out = tmp_path / f"{n}.jsonl"
+        flags = ["--model", str(made / "sft"), "--data", prompts, "--out", str(out), *text]
+        assert call("generate", *flags, "--best-of", n, "--reward", str(made / "reward")) == 0
+        flags = ["--reward", str(made / "reward"), "--data", str(out), "--answers", *text]
+        assert call("score", *flags, "--out", str(tmp_path / "scores.json")) == 0
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert len(scores) == 201
+        means.append(np.mean([row["score"] for row in scores]))
+    assert means[1] > means[0] + 0.5
+    capsys.readouterr()
+    argv = ["--model", str(made / "sft"), "--prompt", "list two fruits", *text]
+    assert call("generate", *argv, "--samples", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("list two fruits\t") for line in lines)
+
+
+def test_a_reward_model_is_judged_by_category(made: Path, tmp_path: Path, capsys: Any) -> None:
+    row = {"prompt": "list two fruits", "chosen": "apple and fig", "rejected": "cow"}
+    lines = [json.dumps(row | {"subset": name}) for name in ("chat", "safety", "chat")]
+    (tmp_path / "bench.jsonl").write_text("\n".join(lines))
+    flags = ["--reward", str(made / "reward"), "--data", str(tmp_path / "bench.jsonl")]
+    capsys.readouterr()
+    assert call("score", *flags, "--text.max-prompt", "6", "--text.max-answer", "16") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["by_subset"]["chat"]["pairs"] == 2
+    assert found["by_subset"]["safety"]["accuracy"] in (0.0, 1.0)
+    assert found["by_size"]["2"]["pairs"] == 3
+
+
+def test_what_is_saved_is_what_was_trained(made: Path) -> None:
+    language, loaded = load_model(str(made / "ppo")), load_reward(str(made / "reward"))
+    assert language.tokenizer.vocab == language.model.config.vocab == 61
+    assert loaded.state.head.shape == (2, 16)
+    # The unit of the scores was taken from responses of the reference.
+    assert not np.allclose(loaded.state.gain, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["pppo"], "got 'pppo', stages: run, data"),
+        (["sft", "--loop.stps", "3"], "unknown flag --loop.stps"),
+        (["sft"], "--model: expected a path"),
+        (["ppo", "--model", "nowhere"], "nowhere: expected the folder of a model"),
+        (["generate", "--model", "x", "--best-of", "4"], "--reward: expected the folder"),
+    ],
+)
+def test_bad_commands_are_told_in_a_line(argv: list[str], message: str, capsys: Any) -> None:
+    with contextlib.suppress(SystemExit):
+        assert call(*argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_settings_is_checked(tmp_path: Path, capsys: Any) -> None:
+    for text, message in (
+        ('{"sft": {"loop": {"stepps": 3}}}', "unknown field 'stepps'"),
+        ('{"ppo": {"learner": {"epochs": "four"}}}', "epochs: expected int, got 'four'"),
+        ("[1]", "expected a JSON object"),
+        ("{", "expected a JSON file of settings"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        assert call("run", "--config", str(tmp_path / "config.json")) == 2
+        assert message in capsys.readouterr().err
