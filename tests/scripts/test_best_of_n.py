@@ -82,6 +82,25 @@ def test_numbers_and_figure(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_the_whole_study_at_a_small_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(best_of_n, "SAMPLE", 512)
+    out = tmp_path / "study.json"
+    sizes = "--seeds 2 --members 2 --pairs 256 --flips 0 --pool 1024 --most 16".split()
+    assert best_of_n.main(["--out", str(out), "--figure", str(tmp_path / "a.png"), *sizes]) == 0
+    written = json.loads(out.read_text("utf-8"))
+    assert written["n"] == [1, 2, 4, 8, 16]
+    assert list(written["variants"]) == list(best_of_n.VARIANTS)
+    assert (tmp_path / "a.png").exists()
+    plain = written["variants"]["8 passes"]
+    # It has learned something, wants more than it gets, and the oracle gets the most.
+    assert plain["ensemble_accuracy"]["mean"] > 0.55
+    ends = [plain[name]["mean"][-1] for name in ("gold/mean", "proxy/mean", "gold/oracle")]
+    assert 0.1 < ends[0] < ends[1] and ends[0] < ends[2]
+    boot = written["variants"]["8 passes, bootstrapped"]
+    assert boot["single_accuracy"] != plain["single_accuracy"]
+
+
 def test_a_pool_that_is_not_made_of_chunks_is_refused() -> None:
     with pytest.raises(ValueError, match="^pool: got 1000"):
         BestOfNConfig("", pool=1000)
