@@ -26,9 +26,9 @@ BASE, DATA, RESULT = "base", "data", "result.json"
 class SupervisedStep:
     """Fine-tuning on demonstrations."""
 
-    loop: LoopConfig = LoopConfig(steps=300, batch_size=64)
+    loop: LoopConfig = LoopConfig(steps=600, batch_size=48, log_every=20)
     learner: SupervisedConfig = SupervisedConfig(
-        TuningConfig(learning_rate=3e-3, warmup=20, anneal=300)
+        TuningConfig(learning_rate=3e-3, warmup=20, anneal=600)
     )
 
 
@@ -36,9 +36,9 @@ class SupervisedStep:
 class RewardStep:
     """A reward model from rankings."""
 
-    loop: LoopConfig = LoopConfig(steps=150, batch_size=32)
+    loop: LoopConfig = LoopConfig(steps=200, batch_size=32)
     learner: RewardConfig = RewardConfig(
-        members=3, tuning=TuningConfig(learning_rate=1e-3, warmup=20, anneal=150)
+        members=3, tuning=TuningConfig(learning_rate=1e-3, warmup=20, anneal=200)
     )
 
 
@@ -79,7 +79,7 @@ class PipelineConfig:
     direct: bool = True
     """Also train a policy by direct preference optimization."""
     architecture: TransformerConfig = family_config(
-        "gpt2", layers=2, width=64, heads=4, max_length=32
+        "llama", layers=2, width=64, heads=4, mlp_width=256, max_length=64, tied=True
     )
     """Of the model with random weights; its vocabulary is that of the data."""
     task: GrammarConfig = GrammarConfig(bias=0.5)
