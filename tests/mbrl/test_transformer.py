@@ -35,18 +35,18 @@ extend = jax.jit(MODEL.extend)
 def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """Attend with loops over sequences, heads and queries."""
     out = np.zeros(q.shape)
-    share = q.shape[2] // k.shape[2]
-    for b, t, h in np.ndindex(*q.shape[:3]):
+    share = q.shape[1] // k.shape[1]
+    for b, h, t in np.ndindex(*q.shape[:3]):
         seen = np.flatnonzero(visible[b, t])
-        scores = k[b, seen, h // share] @ q[b, t, h] / np.sqrt(q.shape[3])
+        scores = k[b, h // share, seen] @ q[b, h, t] / np.sqrt(q.shape[3])
         weights = np.exp(scores - scores.max())
-        out[b, t, h] = weights / weights.sum() @ v[b, seen, h // share]
+        out[b, h, t] = weights / weights.sum() @ v[b, h // share, seen]
     return out
 
 
 def test_attention_is_that_of_a_loop_over_heads() -> None:
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, 6, h, 4)).astype(np.float32) for h in (4, 2, 2))
+    q, k, v = (rng.normal(size=(2, h, 6, 4)).astype(np.float32) for h in (4, 2, 2))
     visible = np.asarray(causal(jnp.ones((2, 6), bool)))
     assert visible[0].tolist() == np.tri(6, dtype=bool).tolist()
     got = attend(jnp.asarray(q), KeyValues(jnp.asarray(k), jnp.asarray(v)), jnp.asarray(visible))
