@@ -25,7 +25,8 @@ LEFT = jnp.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], bool)
 @pytest.fixture(scope="module")
 def params() -> dict:
     # Larger than at the start, or every token would get the same probability.
-    return jax.tree.map(lambda x: 20.0 * x if x.ndim > 1 else x, MODEL.init(jax.random.key(0)))
+    params = jax.jit(MODEL.init)(jax.random.key(0))
+    return jax.tree.map(lambda x: 20.0 * x if x.ndim > 1 else x, params)
 
 
 hidden = jax.jit(MODEL.hidden)
@@ -128,7 +129,7 @@ def test_parameters_of_a_family_are_those_counted_by_hand(family: str) -> None:
 
 def test_branches_start_small_and_the_same_seed_gives_the_same_weights() -> None:
     config = family_config("gpt2", layers=8, width=64)
-    params = transformer(config).init(jax.random.key(1))
+    params = jax.jit(transformer(config).init)(jax.random.key(1))
     deviation = {name: float(params["blocks"][name]["kernel"].std()) for name in ("up", "down")}
     assert deviation["up"] == pytest.approx(0.02, rel=0.05)
     assert deviation["down"] == pytest.approx(0.02 / 4, rel=0.05)
