@@ -31,7 +31,7 @@ JOBS = {
     "report": "draw learning curves from metrics and print a table",
     "sweep": "run a grid of training commands",
     "collect": "write the records of a run to a file, to train on them offline",
-    "label": "say on a page in the browser which of two clips is better",
+    "label": "say on a page in the browser which of two clips, or of several answers, is better",
     "rlhf": "language models from human feedback: sft, reward, ppo, dpo, and all of them",
     "bench": "measure speed on this machine",
     "doctor": "print versions, devices and known clashes",

@@ -2,6 +2,7 @@
 
   python scripts/results.py collect RUN... --out docs/results/pets.jsonl
   python scripts/results.py bench FILE.json --out docs/results/planning.jsonl
+  python scripts/results.py rlhf FOLDER... --out docs/results/rlhf.jsonl
 
 Lines of the same benchmark, task, agent, setting, steps and metric are replaced.
 """
@@ -29,6 +30,7 @@ from agents.presets import preset
 from mbrl.training import run_directory
 from scripts import config_json
 from scripts.cli import parse, run
+from scripts.results_rlhf import pipelines
 from scripts.speed import cores_text, speed
 
 Row = dict[str, Any]
@@ -124,11 +126,19 @@ class SpeedConfig:
 
 def main(argv: list[str]) -> int:
     """Run the job."""
-    if not argv or argv[0] not in ("collect", "bench"):
-        raise ValueError("usage: results.py collect RUN... --out FILE, or bench FILE --out FILE")
+    if not argv or argv[0] not in ("collect", "bench", "rlhf"):
+        raise ValueError(
+            "usage: results.py collect RUN... | bench FILE | rlhf FOLDER... --out FILE"
+        )
     if argv[0] == "collect":
         config = parse(CollectConfig, argv[1:], "results.py collect")
         rows = collect([Path(folder) for folder in config.runs], config.note)
+    elif argv[0] == "rlhf":
+        config = parse(CollectConfig, argv[1:], "results.py rlhf")
+        versions = run_directory.read_config(Path(config.runs[0]) / "sft") or {}
+        found = pipelines([Path(folder) for folder in config.runs])
+        about = origin(versions["versions"]) | {"note": config.note}
+        rows = [row | about for row in found]
     else:
         config = parse(SpeedConfig, argv[1:], "results.py bench")
         rows = speed(json.loads(Path(config.file).read_text("utf-8")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from mbrl.networks.transformer import TransformerConfig, family_config
 from mbrl.preferences.grammar import MAX_ANSWER, MAX_PROMPT
 from mbrl.training import run_directory
 from mbrl.training.grammar_files import GrammarConfig
+from scripts import config_json, rlhf_use
 from scripts import rlhf_jobs as jobs
-from scripts import rlhf_use
 from scripts.rlhf_stage import LoopConfig
 
 BASE, DATA, RESULT = "base", "data", "result.json"
@@ -26,9 +27,9 @@ BASE, DATA, RESULT = "base", "data", "result.json"
 class SupervisedStep:
     """Fine-tuning on demonstrations."""
 
-    loop: LoopConfig = LoopConfig(steps=300, batch_size=64)
+    loop: LoopConfig = LoopConfig(steps=600, batch_size=48, log_every=20)
     learner: SupervisedConfig = SupervisedConfig(
-        TuningConfig(learning_rate=3e-3, warmup=20, anneal=300)
+        TuningConfig(learning_rate=3e-3, warmup=20, anneal=600)
     )
 
 
@@ -36,9 +37,9 @@ class SupervisedStep:
 class RewardStep:
     """A reward model from rankings."""
 
-    loop: LoopConfig = LoopConfig(steps=150, batch_size=32)
+    loop: LoopConfig = LoopConfig(steps=200, batch_size=32)
     learner: RewardConfig = RewardConfig(
-        members=3, tuning=TuningConfig(learning_rate=1e-3, warmup=20, anneal=150)
+        members=3, tuning=TuningConfig(learning_rate=1e-3, warmup=20, anneal=200)
     )
 
 
@@ -79,7 +80,7 @@ class PipelineConfig:
     direct: bool = True
     """Also train a policy by direct preference optimization."""
     architecture: TransformerConfig = family_config(
-        "gpt2", layers=2, width=64, heads=4, max_length=32
+        "llama", layers=2, width=64, heads=4, mlp_width=256, max_length=64, tied=True
     )
     """Of the model with random weights; its vocabulary is that of the data."""
     task: GrammarConfig = GrammarConfig(bias=0.5)
@@ -98,6 +99,7 @@ def pipeline(config: PipelineConfig) -> Path:
       The file of the results.
     """
     out, text = Path(config.out), config.text
+    began, fresh = time.perf_counter(), not (out / "sft").exists()
     synthetic = not config.data
     data = Path(config.data or out / DATA)
     if synthetic and not (data / "test" / "rankings.jsonl").exists():
@@ -134,12 +136,20 @@ def pipeline(config: PipelineConfig) -> Path:
             str(train / "rankings.jsonl"), "rankings", str(sft), str(out / "dpo"), text,
             loop(config.dpo), config.dpo.learner,
         ))  # fmt: skip
-    return _judge(config, test, models, reward, synthetic)
+    result = _judge(config, test, models, reward, synthetic)
+    about = {
+        "config": config_json.to_json(config),
+        "versions": run_directory.versions(),
+        "seconds": time.perf_counter() - began if fresh else None,
+    }
+    if fresh or not (out / RESULT).exists():
+        run_directory.write_json(out / RESULT, result | about)
+    return out / RESULT
 
 
 def _judge(
     config: PipelineConfig, test: Path, models: dict[str, Path], reward: Path, synthetic: bool
-) -> Path:
+) -> dict[str, Any]:
     """Score answers to the test prompts, and the reward model on the test rankings."""
     result: dict[str, Any] = {
         "reward": rlhf_use.judge_reward(str(reward), str(test / "rankings.jsonl"), config.text)
@@ -151,6 +161,4 @@ def _judge(
         )  # fmt: skip
         told = ", ".join(f"{key} {value['mean']:.3f}" for key, value in result[name].items())
         print(f"{name}: {told}")
-    file = Path(config.out) / RESULT
-    run_directory.write_json(file, result)
-    return file
+    return result

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 
 from agents.rlhf.stage import Stage
+from mbrl.parallel import make_mesh, shard_params, shard_rows
+from mbrl.settings import check_whole
 from mbrl.training import checkpoint, run_directory
 from mbrl.training.metrics import MetricsWriter
 from scripts.alarms import MAX_SKIPPED
@@ -21,7 +23,10 @@ from scripts.progress import Progress
 CHECKPOINTS = "checkpoints"
 STOPPED = 75
 """Exit code of a run that was asked to stop."""
-HARMLESS = {"loop.steps", "loop.log_every", "loop.save_every", "versions"}
+HARMLESS = {
+    "loop.steps", "loop.log_every", "loop.save_every", "loop.data_devices", "loop.tensor_devices",
+    "versions",
+}  # fmt: skip
 """Settings that may change on resume with --override-config."""
 
 
@@ -39,15 +44,20 @@ class LoopConfig:
     """Updates between lines of metrics, each a mean over them."""
     save_every: int = 100
     """Updates between saves; the end and a stop are always saved."""
+    data_devices: int = 1
+    """Devices that share the rows of a batch."""
+    tensor_devices: int = 1
+    """Devices that share the matrices of the models."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     override_config: bool = False
     """Resume although harmless settings or versions have changed."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        check_whole(
+            self, "steps", "batch_size", "log_every", "save_every", "data_devices",
+            "tensor_devices",
+        )  # fmt: skip
 
 
 class StageRun(NamedTuple):
@@ -112,11 +122,22 @@ def run_stage(run: StageRun, loop: LoopConfig, out: Path) -> Any:
                 print(f"resuming {out} at update {step} of {loop.steps}", file=sys.stderr)
         if step >= loop.steps or ended:
             return state
+        if loop.data_devices * loop.tensor_devices > 1:
+            run, state = spread(run, state, make_mesh(loop.data_devices, loop.tensor_devices))
         with (
             MetricsWriter(out, None if restored is None else step, loop.tensorboard) as log,
             run_directory.StopSignal() as stop,
         ):
             return _train(run, loop, out, state, step, log, stop, key)
+
+
+def spread(run: StageRun, state: Any, mesh: Any) -> tuple[StageRun, Any]:
+    """Lay out what a stage computes with over several devices; jit does the rest."""
+
+    def batch(update: int) -> Any:
+        return shard_rows(run.batch(update), mesh)
+
+    return run._replace(given=shard_params(run.given, mesh), batch=batch), shard_params(state, mesh)
 
 
 def _train(

@@ -49,7 +49,12 @@ def speed(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         "update": _muzero_update,
     }  # fmt: skip
     ppo = {"train": _ppo_training, "seeds": _ppo_seeds, "peers": _ppo_peers}
-    parts = {"dreamer": dreamer, "muzero": muzero, "ppo": ppo}.get(measured["benchmark"], planning)
+    rlhf = {
+        "reward": _reward_step, "direct": _direct_step, "generate": _generation,
+        "ppo": _ppo_iteration, "members": _members, "rankings": _rankings,
+    }  # fmt: skip
+    kinds = {"dreamer": dreamer, "muzero": muzero, "ppo": ppo, "rlhf": rlhf}
+    parts = kinds.get(measured["benchmark"], planning)
     rows = [
         {"task": task, "setting": setting + pinned, "metric": metric, "value": value,
          "target": target}
@@ -205,3 +210,45 @@ def _ppo_peers(case: Mapping[str, Any]) -> Iterable[Line]:
     name = "times faster than Stable-Baselines3"
     yield task, beside, f"{name} when compiled", case["times_faster"], ">= 20"
     yield task, beside, f"{name} with compilation", case["times_faster_in_all"], ">= 5"
+
+
+def _step(task: str, setting: str, case: Mapping[str, Any], bound: str | None) -> Iterable[Line]:
+    yield task, setting, "seconds", case["median_seconds"], bound
+    yield task, setting, "share of the f32 GEMM rate", case["share_of_gemm"], None
+
+
+# The bounds are what TRL takes for the same on a quiet machine of two cores.
+def _reward_step(case: Mapping[str, Any]) -> Iterable[Line]:
+    setting = f"{case['pairs']} pairs x {case['tokens']} tokens"
+    yield from _step("RLHF, step of the reward model", setting, case, "<= 0.45")
+
+
+def _direct_step(case: Mapping[str, Any]) -> Iterable[Line]:
+    setting = f"{case['pairs']} pairs x {case['tokens']} tokens, reference at hand"
+    yield from _step("RLHF, step of DPO", setting, case, "<= 0.58")
+
+
+def _generation(case: Mapping[str, Any]) -> Iterable[Line]:
+    setting = f"{case['batch']} x {case['response']} tokens after {case['prompt']}"
+    rate = case["tokens_per_second"]
+    yield "RLHF, generation", setting, "tokens per second", rate, ">= 3640"
+
+
+def _ppo_iteration(case: Mapping[str, Any]) -> Iterable[Line]:
+    size = f"{case['batch']} x ({case['prompt']} + {case['response']}) tokens"
+    setting = f"{size}, {case['epochs']} epochs"
+    task = "RLHF, iteration of PPO"
+    yield from _step(task, setting, case["separate"], "<= 4.8")
+    yield from _step(task, f"{setting}, critic on the policy", case["shared"], "<= 3.2")
+
+
+def _members(case: Mapping[str, Any]) -> Iterable[Line]:
+    task = f"RLHF, {case['members']} reward models in one program"
+    setting = f"{case['pairs']} pairs x {case['tokens']} tokens"
+    yield task, setting, "time relative to one", case["ratio"], "<= 5"
+
+
+def _rankings(case: Mapping[str, Any]) -> Iterable[Line]:
+    task = f"RLHF, rankings of {case['answers']} answers as one batch element"
+    setting = f"{case['prompts']} prompts"
+    yield task, setting, "times faster than their pairs", case["ratio"], ">= 5"

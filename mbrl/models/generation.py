@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl.networks.transformer import Cache, Transformer
+from mbrl.networks.transformer import Cache, Transformer, unstack
 from mbrl.types import Array, Key, Params
 
 
@@ -130,7 +130,7 @@ def generate(
       ValueError: for impossible settings, or a prompt that leaves no room for the response.
     """
     _check(model, prompts, mask, length, temperature, top_k, top_p)
-    batch, start = prompts.shape
+    params, (batch, start) = unstack(params), prompts.shape
     hidden, cache = model.extend(params, model.cache(batch, start + length), prompts, mask)
     keys = jax.random.split(key, length)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +106,3 @@ def token_reward(model: Transformer, members: int = 1, kind: Members = "heads") 
         return state._replace(gain=state.gain / std, bias=(state.bias - mean) / std)
 
     return TokenReward(init, scores, normalize)
-
-
-def trained(state: TokenRewardState) -> Any:
-    """Return what gradients may change: all but the units of the scores."""
-    return state.trunk, state.head

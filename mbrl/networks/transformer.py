@@ -68,9 +68,11 @@ class TransformerConfig:
     """Of the inputs of matrix products, float32 or bfloat16; parameters are float32."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, a third more work."""
+    unroll: int = 4
+    """Blocks per iteration of the loop over layers: 1 compiles fastest, more run faster."""
 
     def __post_init__(self) -> None:
-        check_whole(self, "vocab", "layers", "width", "heads", "max_length")
+        check_whole(self, "vocab", "layers", "width", "heads", "max_length", "unroll")
         check_whole(self, "padding_rows", "kv_heads", "head_dim", "mlp_width", least=0)
         check_within(self, "eps", 0, ends="(]")
         check_within(self, "rope_theta", 0, ends="(]")
@@ -161,7 +163,7 @@ class Cache(NamedTuple):
     """Keys and values of the tokens so far, in `S` slots.
 
     Attributes:
-      layers: [B, S, K, hd] each; one pair of arrays per layer, because XLA copies an array that
+      layers: [B, K, S, hd] each; one pair of arrays per layer, because XLA copies an array that
         a loop updates in slices of layers.
       mask: bool [B, S], slots that hold a real token.
       filled: int32 scalar, slots in use, padding included; the same for all rows.
@@ -193,6 +195,19 @@ class Transformer(NamedTuple):
     extend: Callable[[Params, Cache, Array, Array], tuple[Array, Cache]]
 
 
+def unstack(params: Params) -> Params:
+    """Return parameters whose blocks are a tuple, one entry per layer.
+
+    `Transformer.extend` takes them too. A loop that calls it with stacked ones copies every layer
+    out of the stack for every token.
+    """
+    blocks = params["blocks"]
+    if isinstance(blocks, tuple):
+        return params
+    layers = range(len(jax.tree.leaves(blocks)[0]))
+    return params | {"blocks": tuple(jax.tree.map(itemgetter(i), blocks) for i in layers)}
+
+
 class Block(nn.Module):
     """Attention and MLP with residual connections, over rows [B * T, D]."""
 
@@ -215,7 +230,7 @@ class Block(nn.Module):
         def heads(name: str, number: int, norm: bool) -> Array:
             y = qkv(number * size, name=name)(y_in).reshape(batch, time, number, size)
             y = _norm("rms", config.eps, f"{name}_norm")(y) if norm else y
-            return y
+            return y.swapaxes(1, 2)
 
         y_in = _norm(config.norm, config.eps, "attention_norm")(x)
         q = heads("query", config.heads, config.qk_norm)
@@ -226,9 +241,9 @@ class Block(nn.Module):
         low = jnp.bfloat16 if config.dtype == "bfloat16" else jnp.float32
         q, new = q.astype(low), KeyValues(k.astype(low), v.astype(low))
         if past is not None:
-            place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=filled, axis=1)
+            place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=filled, axis=2)
             new = KeyValues(*(place(old, x) for old, x in zip(past, new, strict=True)))
-        y = attend(q, new, visible).reshape(batch * time, -1)
+        y = attend(q, new, visible).swapaxes(1, 2).reshape(batch * time, -1)
         x = x + dense(config.width, kernel_init=last, name="out")(y)
         y = _norm(config.norm, config.eps, "mlp_norm")(x)
         up = dense(config.mlp, kernel_init=plain, name="up")(y)
@@ -302,7 +317,8 @@ def transformer(config: TransformerConfig) -> Transformer:
             return block.apply({"params": layer}, x, visible, turn, None, None)[0], None
 
         x = embed(params, tokens, positions)
-        x, _ = jax.lax.scan(jax.checkpoint(one) if config.remat else one, x, params["blocks"])
+        body = jax.checkpoint(one) if config.remat else one
+        x, _ = jax.lax.scan(body, x, params["blocks"], unroll=min(config.unroll, config.layers))
         return finish(params, x, tokens.shape)
 
     def finish(params: Params, x: Array, shape: tuple[int, ...]) -> Array:
@@ -322,7 +338,7 @@ def transformer(config: TransformerConfig) -> Transformer:
     def cache(batch: int, length: int) -> Cache:
         _check_length(length, config.max_length)
         low = jnp.bfloat16 if config.dtype == "bfloat16" else jnp.float32
-        empty = jnp.zeros((batch, length, config.num_kv, config.head), low)
+        empty = jnp.zeros((batch, config.num_kv, length, config.head), low)
         layers = tuple(KeyValues(empty, empty) for _ in range(config.layers))
         return Cache(layers, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
@@ -336,8 +352,7 @@ def transformer(config: TransformerConfig) -> Transformer:
         order = jnp.arange(slots) <= start + jnp.arange(time)[:, None]
         visible, turn = order & seen[:, None], turn_of(positions)
         x, layers = embed(params, tokens, positions), []
-        for number, past in enumerate(cache.layers):
-            layer = jax.tree.map(itemgetter(number), params["blocks"])
+        for layer, past in zip(unstack(params)["blocks"], cache.layers, strict=True):
             x, past = block.apply({"params": layer}, x, visible, turn, past, start)
             layers.append(past)
         return finish(params, x, tokens.shape), Cache(tuple(layers), seen, start + time)

@@ -136,7 +136,8 @@ def compose(rng: np.random.Generator, prompt: str, care: float) -> str:
     haste = 1.0 - care
     if rng.random() < 0.3 * haste:
         count += int(rng.choice([-1, 1]))
-    named = [str(thing) for thing in rng.permutation(pool)][:count]
+    chosen = sorted(rng.permutation(len(pool))[:count])  # in one order, which is soon learned
+    named = [pool[i] for i in chosen]
     for i in range(len(named)):
         fault = rng.random()
         if fault < 0.15 * haste:

@@ -21,6 +21,10 @@ class GrammarConfig:
 
     seed: int = 0
     """Of the split, the answers and the annotators."""
+    demonstrations: int = 4
+    """Of each prompt."""
+    rankings: int = 2
+    """Of each prompt."""
     options: int = 4
     """Answers of each ranking."""
     bias: float = 1.0
@@ -49,10 +53,12 @@ def write_grammar(folder: Path, config: GrammarConfig = GrammarConfig()) -> dict
     keys = jax.random.split(jax.random.key(config.seed), len(split))
     counts = {}
     for part, prompts, key in zip(split._fields, split, keys, strict=True):
-        ranked = grammar.rankings(key, rng, prompts, config.teacher, config.options, config.bias)
+        ranked = grammar.rankings(
+            key, rng, prompts * config.rankings, config.teacher, config.options, config.bias
+        )
         kinds: dict[Kind, list[TextRow]] = {
             "prompts": [TextRow(prompt) for prompt in prompts],
-            "demonstrations": grammar.demonstrations(rng, prompts),
+            "demonstrations": grammar.demonstrations(rng, prompts * config.demonstrations),
             "rankings": ranked,
         }
         for kind, rows in kinds.items():

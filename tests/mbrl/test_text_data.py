@@ -275,15 +275,15 @@ def test_a_missing_template_engine_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_language_task_is_written_and_read(tmp_path: Path):
-    counts = write_grammar(tmp_path, GrammarConfig(seed=1, options=3))
+    counts = write_grammar(tmp_path, GrammarConfig(seed=1, options=3, demonstrations=2, rankings=1))
     assert len(counts) == 9
     tokenizer = load_tokenizer(tmp_path)
     seen: list[set[str]] = []
     for part, prompts in grammar.split_prompts(1)._asdict().items():
-        for kind in ("prompts", "demonstrations", "rankings"):
+        for kind, copies in (("prompts", 1), ("demonstrations", 2), ("rankings", 1)):
             found = read_text(tmp_path / part / f"{kind}.jsonl", kind)
-            assert [row.prompt for row in found.rows] == list(prompts)
-            assert counts[f"{part}/{kind}.jsonl"] == len(prompts)
+            assert [row.prompt for row in found.rows] == list(prompts) * copies
+            assert counts[f"{part}/{kind}.jsonl"] == len(prompts) * copies
             encoded = encode_rows(tokenizer, found.rows, grammar.MAX_PROMPT, grammar.MAX_ANSWER)
             assert encoded.counts == {}
         seen.append(set(prompts))

@@ -26,7 +26,8 @@ MASK = jnp.array([[0, 0, 1], [1, 1, 1], [0, 1, 1], [1, 1, 1]], bool)
 @pytest.fixture(scope="module")
 def params() -> dict:
     # Larger than at the start, or every token would get nearly the same probability.
-    return jax.tree.map(lambda x: 12.0 * x if x.ndim > 1 else x, MODEL.init(jax.random.key(3)))
+    params = jax.jit(MODEL.init)(jax.random.key(3))
+    return jax.tree.map(lambda x: 12.0 * x if x.ndim > 1 else x, params)
 
 
 @partial(jax.jit, static_argnames="stop")
@@ -171,6 +172,13 @@ def token_sum(weight, tokens, mask):
 
 WEIGHT = jnp.array([0.3, -1.0, 0.2, 1.0, -0.5, 0.1])
 TASK = token_mdp(MODEL, token_sum, 3, LENGTH, EOS)
+init, step = jax.jit(TASK.init), jax.jit(TASK.step)
+
+
+def padded(tokens: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Fill up to the length of an observation."""
+    room = ((0, 0), (0, 8 - tokens.shape[1]))
+    return {"tokens": jnp.pad(tokens, room), "mask": jnp.pad(mask, room)}
 
 
 def test_the_token_task_is_generation_step_by_step(params: dict) -> None:
@@ -203,9 +211,8 @@ def test_the_token_task_is_generation_step_by_step(params: dict) -> None:
 
 def test_a_state_goes_on_from_any_observation(params: dict) -> None:
     both = SplitParams(params, WEIGHT)
-    init, step = jax.jit(TASK.init), jax.jit(TASK.step)
     key = jax.random.key(0)
-    state = init(both, key, {"tokens": PROMPTS, "mask": MASK})
+    state = init(both, key, padded(PROMPTS, MASK))
     # The rows differ in length: the second one has ended.
     for action in ([3, EOS, 1, 4], [1, 1, 3, EOS]):
         state, _ = step(both, key, state, jnp.array(action))
@@ -220,12 +227,13 @@ def test_a_state_goes_on_from_any_observation(params: dict) -> None:
 
 
 def test_search_beats_the_greedy_choice_of_its_own_prior(params: dict) -> None:
-    """Two tokens are 36 responses: the best of them is found by trying all."""
-    task = token_mdp(MODEL, token_sum, 3, 2)
+    """Two tokens are left: the best of the 31 ways to end is found by trying all."""
     both = SplitParams(params, WEIGHT.at[3].set(-2.0).at[5].set(2.0))
     config = SearchConfig(simulations=64, max_considered=6, discount=1.0)
-    find, step = jax.jit(search(task, token_predictor(), config)), jax.jit(task.step)
-    start = task.init(both, jax.random.key(0), {"tokens": PROMPTS, "mask": MASK})
+    find = jax.jit(search(TASK, token_predictor(), config))
+    tokens = jnp.concatenate([PROMPTS, jnp.array([[0, 1, 3]] * 4)], 1)
+    real = jnp.pad(MASK, ((0, 0), (0, 3)), constant_values=True)
+    start = init(both, jax.random.key(0), padded(tokens, real))
 
     def play(planned: bool) -> jax.Array:
         state, total = start, jnp.zeros(4)
@@ -234,11 +242,15 @@ def test_search_beats_the_greedy_choice_of_its_own_prior(params: dict) -> None:
             action = state.logits.argmax(-1) if found is None else found.action
             state, outcome = step(both, key, state, action)
             total += outcome.reward
+        assert state.done.all()
         return total
 
-    responses = jnp.array(list(itertools.product(range(VOCAB), repeat=2)))
-    prompt = token_sum(both.reward, PROMPTS, MASK)[0]
-    best = prompt + token_sum(both.reward, responses, jnp.ones_like(responses, bool))[0].max()
+    weight = both.reward
+    ends = [weight[EOS]] + [
+        weight[a] + weight[b] for a, b in itertools.product(range(VOCAB), repeat=2) if a != EOS
+    ]
+    assert len(ends) == 31
+    best = token_sum(weight, tokens, real)[0] + max(ends)
     np.testing.assert_allclose(play(True), best, atol=1e-5)
     assert (best - play(False)).mean() > 1.0
 

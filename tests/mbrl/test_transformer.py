@@ -25,7 +25,8 @@ LEFT = jnp.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], bool)
 @pytest.fixture(scope="module")
 def params() -> dict:
     # Larger than at the start, or every token would get the same probability.
-    return jax.tree.map(lambda x: 20.0 * x if x.ndim > 1 else x, MODEL.init(jax.random.key(0)))
+    params = jax.jit(MODEL.init)(jax.random.key(0))
+    return jax.tree.map(lambda x: 20.0 * x if x.ndim > 1 else x, params)
 
 
 hidden = jax.jit(MODEL.hidden)
@@ -35,18 +36,18 @@ extend = jax.jit(MODEL.extend)
 def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """Attend with loops over sequences, heads and queries."""
     out = np.zeros(q.shape)
-    share = q.shape[2] // k.shape[2]
-    for b, t, h in np.ndindex(*q.shape[:3]):
+    share = q.shape[1] // k.shape[1]
+    for b, h, t in np.ndindex(*q.shape[:3]):
         seen = np.flatnonzero(visible[b, t])
-        scores = k[b, seen, h // share] @ q[b, t, h] / np.sqrt(q.shape[3])
+        scores = k[b, h // share, seen] @ q[b, h, t] / np.sqrt(q.shape[3])
         weights = np.exp(scores - scores.max())
-        out[b, t, h] = weights / weights.sum() @ v[b, seen, h // share]
+        out[b, h, t] = weights / weights.sum() @ v[b, h // share, seen]
     return out
 
 
 def test_attention_is_that_of_a_loop_over_heads() -> None:
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, 6, h, 4)).astype(np.float32) for h in (4, 2, 2))
+    q, k, v = (rng.normal(size=(2, h, 6, 4)).astype(np.float32) for h in (4, 2, 2))
     visible = np.asarray(causal(jnp.ones((2, 6), bool)))
     assert visible[0].tolist() == np.tri(6, dtype=bool).tolist()
     got = attend(jnp.asarray(q), KeyValues(jnp.asarray(k), jnp.asarray(v)), jnp.asarray(visible))
@@ -128,7 +129,7 @@ def test_parameters_of_a_family_are_those_counted_by_hand(family: str) -> None:
 
 def test_branches_start_small_and_the_same_seed_gives_the_same_weights() -> None:
     config = family_config("gpt2", layers=8, width=64)
-    params = transformer(config).init(jax.random.key(1))
+    params = jax.jit(transformer(config).init)(jax.random.key(1))
     deviation = {name: float(params["blocks"][name]["kernel"].std()) for name in ("up", "down")}
     assert deviation["up"] == pytest.approx(0.02, rel=0.05)
     assert deviation["down"] == pytest.approx(0.02 / 4, rel=0.05)

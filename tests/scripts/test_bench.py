@@ -128,6 +128,32 @@ def test_searches_of_muzero_are_measured(tmp_path: Path) -> None:
     assert values == [1e3 * case["median_seconds"] for case in found["search"]]
 
 
+def test_rankings_are_measured_beside_their_pairs(tmp_path: Path) -> None:
+    file, out = tmp_path / "rlhf.json", tmp_path / "lines" / "rlhf.jsonl"
+    argv = ["rlhf", "--quick", "--repeats", "2", "--parts", "rankings", "--out", str(file)]
+    assert bench.main(argv) == 0
+    found = json.loads(file.read_text("utf-8"))
+    case = found["rankings"]
+    # Three answers are three rows, and their pairs are six.
+    work = case["pairs"]["gflop"] / case["ranking"]["gflop"]
+    assert work == pytest.approx(2.0, rel=0.01)
+    seconds = [case[name]["median_seconds"] for name in ("pairs", "ranking")]
+    assert case["ratio"] == pytest.approx(seconds[0] / seconds[1])
+    file.write_text(json.dumps(found | {"quick": False}), "utf-8")
+    assert results.main(["bench", str(file), "--out", str(out)]) == 0
+    assert "rankings of 3 answers" in benchmarks_page.render(benchmarks_page.load(out.parent))
+
+
+@pytest.mark.slow
+def test_every_step_of_rlhf_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "rlhf.json"
+    assert bench.main(["rlhf", "--quick", "--repeats", "2", "--out", str(file)]) == 0
+    found = json.loads(file.read_text("utf-8"))
+    assert found["generate"]["tokens_per_second"] > 0.0
+    assert found["ppo"]["shared"]["gflop"] < found["ppo"]["separate"]["gflop"]
+    assert found["members"]["members"] == 2
+
+
 @pytest.mark.slow
 def test_training_of_muzero_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "muzero.json"
