@@ -76,7 +76,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         names = [WEIGHTS]
     else:
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        where = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(x, str) for x in where.values()):
+            raise ValueError(f"{folder / INDEX}: no weight_map of names to files; copy it again")
+        names = sorted(set(where.values()))
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{INDEX}: got the file {name!r}, expected one in the same folder")

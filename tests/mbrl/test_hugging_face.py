@@ -127,9 +127,14 @@ def test_shards_are_one_model(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_an_index_may_not_point_elsewhere(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(family_entries("qwen3")))
     weight_map = {"x": str(folders["qwen3"] / "model.safetensors")}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match="expected one in the same folder"):
         load(tmp_path)
+    for broken in ({}, {"weight_map": [1]}, {"weight_map": {"x": 1}}):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="no weight_map of names to files"):
+            load(tmp_path)
 
 
 def test_an_output_layer_that_is_tied_may_be_there_but_not_differ() -> None:
