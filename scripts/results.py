@@ -2,7 +2,7 @@
 
   python scripts/results.py collect RUN... --out docs/results/pets.jsonl
   python scripts/results.py bench FILE.json --out docs/results/planning.jsonl
-  python scripts/results.py rlhf FOLDER... --out docs/results/rlhf.jsonl
+  python scripts/results.py rlhf FOLDER... | FILE.json --out docs/results/rlhf.jsonl
 
 Lines of the same benchmark, task, agent, setting, steps and metric are replaced.
 """
@@ -30,7 +30,7 @@ from agents.presets import preset
 from mbrl.training import run_directory
 from scripts import config_json
 from scripts.cli import parse, run
-from scripts.results_rlhf import pipelines
+from scripts.results_rlhf import pipelines, study
 from scripts.speed import cores_text, speed
 
 Row = dict[str, Any]
@@ -135,16 +135,23 @@ def main(argv: list[str]) -> int:
         rows = collect([Path(folder) for folder in config.runs], config.note)
     elif argv[0] == "rlhf":
         config = parse(CollectConfig, argv[1:], "results.py rlhf")
-        versions = run_directory.read_config(Path(config.runs[0]) / "sft") or {}
-        found = pipelines([Path(folder) for folder in config.runs])
-        about = origin(versions["versions"]) | {"note": config.note}
-        rows = [row | about for row in found]
+        rows = rlhf_rows([Path(path) for path in config.runs], config.note)
     else:
         config = parse(SpeedConfig, argv[1:], "results.py bench")
         rows = speed(json.loads(Path(config.file).read_text("utf-8")))
     write(Path(config.out), rows)
     print(f"wrote {len(rows)} lines to {config.out}")
     return 0
+
+
+def rlhf_rows(paths: Sequence[Path], note: str = "") -> list[Row]:
+    """Turn pipelines of RLHF that differ in their seeds, or the file of a study, into lines."""
+    if paths[0].is_file():
+        return study(paths[0])
+    saved = run_directory.read_config(paths[0] / "sft")
+    if saved is None:
+        raise ValueError(f"{paths[0]}: expected the folder of a pipeline, found no sft in it")
+    return [row | origin(saved["versions"]) | {"note": note} for row in pipelines(paths)]
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

@@ -42,6 +42,44 @@ def pipelines(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [common | row for row in _rows(found)]
 
 
+def study(file: Path) -> list[dict[str, Any]]:
+    """Summarize what `best_of_n.py` has written, by the way that the proxies were trained."""
+    found = json.loads(file.read_text("utf-8"))
+    size, most = found["config"]["members"], found["n"][-1]
+    common = {
+        "benchmark": "RLHF",
+        "task": f"best of {most} by learned rewards, {found['config']['seeds']} true ones",
+        "command": f"python scripts/best_of_n.py --out {file.name} --figure FIGURE.png",
+        **{name: found[name] for name in ("versions", "hardware", "commit", "date")},
+        "note": f"{found['processor_seconds']:.0f} s of processor time for all ways to train",
+    }
+    rows = []
+    for name, one in found["variants"].items():
+        gold = one["gold/single"]
+        rows += [
+            {"metric": "accuracy of one on clean pairs", "target": ">= 0.68",
+             "value": one["single_accuracy"]["mean"]},
+            {"metric": f"accuracy of the mean of {size}", "target": ">= 0.71",
+             "value": one["ensemble_accuracy"]["mean"]},
+            {"metric": "R2 of the curve of Gao et al., one reward", "target": ">= 0.95",
+             "value": gold["fit"]["r_squared"]},
+            {"metric": f"true reward at n = {most}, one reward", "value": gold["mean"][-1]},
+            {"metric": "fall of the true reward from its peak, one reward",
+             "value": gold["fall"]["mean"]},
+            *(
+                {"metric": f"true reward at n = {most} gained by {words}",
+                 "value": one[f"gold/{rule}"]["over_single"]["mean"]}
+                for rule, words in (
+                    ("mean", "the mean"), ("worst", "the worst case"),
+                    ("uwo", "the mean less half the variance"),
+                )
+            ),
+        ]  # fmt: skip
+        for row in rows:
+            row.setdefault("setting", name)
+    return [common | row for row in rows]
+
+
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("seed", "out")}
 

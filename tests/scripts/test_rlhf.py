@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mbrl.training import checkpoint, run_directory
-from scripts import cli, rlhf, rlhf_jobs
+from scripts import benchmarks_page, cli, results, rlhf, rlhf_jobs
 from scripts.rlhf_models import load_model, load_reward
 from scripts.rlhf_pipeline import PipelineConfig
 from scripts.rlhf_stage import CHECKPOINTS
@@ -184,3 +184,28 @@ def test_a_file_of_settings_is_checked(tmp_path: Path, capsys: Any) -> None:
         (tmp_path / "config.json").write_text(text)
         assert call("run", "--config", str(tmp_path / "config.json")) == 2
         assert message in capsys.readouterr().err
+
+
+def test_pipelines_become_lines_of_results(made: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(made, tmp_path / "other"))
+    result = json.loads((other / "result.json").read_text())
+    result["config"]["seed"] = 1
+    for name, gain in (("sft", 0.1), ("ppo", 0.5)):
+        result[name]["gold"]["mean"] += gain
+    (other / "result.json").write_text(json.dumps(result))
+    out = tmp_path / "lines" / "rlhf.jsonl"
+    assert results.main(["rlhf", str(made), str(other), "--out", str(out)]) == 0
+    rows = benchmarks_page.load(out.parent)
+    found = {(row["agent"], row["metric"]): row for row in rows}
+    first, second = found["ppo", "true reward, mean over test prompts"]["values"]
+    assert second - first == pytest.approx(0.5)
+    # Gains of g and g + 0.4: their mean is g + 0.2, its standard error 0.2.
+    gain = first - found["sft", "true reward, mean over test prompts"]["values"][0]
+    errors = found["ppo", "true reward gained over sft, in standard errors over seeds"]
+    assert errors["value"] == pytest.approx((gain + 0.2) / 0.2)
+    assert len(found["all stages", "minutes"]["values"]) == 2
+    assert "## RLHF" in benchmarks_page.render(rows)
+
+    result["config"]["ppo"]["kl_budget"] = 3.0
+    (other / "result.json").write_text(json.dumps(result))
+    assert cli.run(results.main, ["rlhf", str(made), str(other), "--out", str(out)]) == 2
