@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from mbrl.losses.preference import bradley_terry_nll
-from mbrl.models.token_reward import TokenReward, TokenRewardState, token_reward, trained
+from mbrl.models.token_reward import TokenReward, TokenRewardState, token_reward
 from mbrl.networks.transformer import TransformerConfig, transformer
 from mbrl.preferences.best_of_n import best_of_n, best_of_n_kl
 from mbrl.preferences.evaluation import accuracy
@@ -286,7 +286,7 @@ def train(config: BestOfNConfig, variant: Variant, pairs: Array, key: Key) -> To
         params = jax.tree.map(lambda x, u: x - rate * (u + variant.decay * x), params, updates)
         return params, moments
 
-    params = trained(state)
+    params = state.trunk, state.head
     (trunk, head), _ = jax.lax.fori_loop(0, steps, step, (params, adam.init(params)))
     return state._replace(trunk=trunk, head=head)
 

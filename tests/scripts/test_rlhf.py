@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mbrl.training import checkpoint, run_directory
-from scripts import benchmarks_page, cli, results, rlhf, rlhf_jobs
+from mbrl.training.text_data import read_text
+from scripts import benchmarks_page, cli, results, rlhf, rlhf_jobs, rlhf_use
 from scripts.rlhf_models import load_model, load_reward
 from scripts.rlhf_pipeline import PipelineConfig
 from scripts.rlhf_stage import CHECKPOINTS
@@ -47,13 +49,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_pipeline_judges_every_policy_on_new_prompts(made: Path) -> None:
     result = json.loads((made / "result.json").read_text())
-    assert set(result) == {"reward", "sft", "ppo", "dpo"}
+    assert {"reward", "sft", "ppo", "dpo", "seconds", "config"} <= set(result)
     # Every prompt has been answered once; the reference is no distance from itself.
     assert abs(result["sft"]["kl"]["mean"]) < 1e-5
     assert abs(result["sft"]["score"]["mean"]) < 0.5
     for policy in ("sft", "ppo", "dpo"):
         assert np.isfinite(result[policy]["gold"]["mean"])
-    assert result["reward"]["pairs"] == 201 * 6
+    assert result["reward"]["pairs"] == 402 * 6
     lines = [json.loads(x) for x in (made / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert abs(lines[0]["kl"]) < 1.0
     assert {"gold", "score", "score/spread", "length", "ended"} <= lines[0].keys()
@@ -116,20 +118,36 @@ def test_other_settings_are_refused(made: Path, capsys: Any) -> None:
     assert "learning_rate: 0.003 -> 0.5" in capsys.readouterr().err
 
 
-def test_answers_are_chosen_by_the_reward_model(made: Path, tmp_path: Path, capsys: Any) -> None:
+def test_answers_are_chosen_by_the_reward_model(
+    made: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    loaded = load_reward(str(made / "reward"))
+    apple = loaded.tokenizer.encode("apple")[0]
+
+    def scores(state: Any, tokens: Any, mask: Any) -> Any:
+        return jnp.sum((tokens == apple) & mask, 1, dtype=jnp.float32)[None]
+
+    likes_apples = loaded._replace(reward=loaded.reward._replace(scores=scores))
     text = ["--text.max-prompt", "6", "--text.max-answer", "16"]
-    prompts = str(made / "data" / "test" / "prompts.jsonl")
+    flags = ["--model", str(made / "sft"), "--data", str(made / "data/test/prompts.jsonl"), *text]
+    flags += ["--reward", str(made / "reward"), "--out", str(tmp_path / "answers.jsonl")]
     means = []
-    for n in ("1", "8"):
-        out = tmp_path / f"{n}.jsonl"
-        flags = ["--model", str(made / "sft"), "--data", prompts, "--out", str(out), *text]
-        assert call("generate", *flags, "--best-of", n, "--reward", str(made / "reward")) == 0
-        flags = ["--reward", str(made / "reward"), "--data", str(out), "--answers", *text]
-        assert call("score", *flags, "--out", str(tmp_path / "scores.json")) == 0
-        scores = json.loads((tmp_path / "scores.json").read_text())
-        assert len(scores) == 201
-        means.append(np.mean([row["score"] for row in scores]))
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf_use, "load_reward", lambda folder: likes_apples)
+        for n in ("1", "8"):
+            assert call("generate", *flags, "--best-of", n) == 0
+            rows = read_text(tmp_path / "answers.jsonl", "demonstrations").rows
+            assert len(rows) == 201
+            means.append(np.mean([row.answers[0].split().count("apple") for row in rows]))
     assert means[1] > means[0] + 0.5
+
+    argv = ["--reward", str(made / "reward"), "--data", str(tmp_path / "answers.jsonl")]
+    # An answer without an end has no room for one among 16 tokens.
+    argv += ["--answers", "--text.max-prompt", "6", "--text.max-answer", "17"]
+    assert call("score", *argv, "--out", str(tmp_path / "scores.json")) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert len(found) == 201
+    assert found[3]["prompt"] == rows[3].prompt
     capsys.readouterr()
     argv = ["--model", str(made / "sft"), "--prompt", "list two fruits", *text]
     assert call("generate", *argv, "--samples", "2") == 0
@@ -186,7 +204,8 @@ def test_a_file_of_settings_is_checked(tmp_path: Path, capsys: Any) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_pipelines_become_lines_of_results(made: Path, tmp_path: Path) -> None:
+def test_pipelines_become_lines_of_results(made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run_directory, "versions", lambda: {"cpu": "of this machine"})
     other = Path(shutil.copytree(made, tmp_path / "other"))
     result = json.loads((other / "result.json").read_text())
     result["config"]["seed"] = 1
