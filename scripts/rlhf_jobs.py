@@ -32,6 +32,7 @@ from mbrl.text_batches import (
     BatchConfig,
     Cursor,
     Loader,
+    TextBatch,
     epoch,
     supervised_loader,
     text_loader,
@@ -193,7 +194,7 @@ def _normalized(
         )  # fmt: skip
         return reward.normalize(state, reward.scores(state, written.tokens, written.mask))
 
-    return normalize(language.params, state, batch.tokens, batch.mask)
+    return normalize(language.params, state, batch.tokens[:, 0], batch.mask[:, 0])
 
 
 def ppo(job: PPOJob) -> Path:
@@ -285,6 +286,8 @@ def read_rows(file: str, kind: Kind, tokenizer: Tokenizer, text: TextConfig) -> 
     )
     for reason, count in {**data.bad, **encoded.counts}.items():
         print(f"{file}: {count} rows: {reason}")
+    for field, count in data.unused.items():
+        print(f"{file}: field {field!r} of {count} rows is not used")
     return encoded.rows
 
 
@@ -300,12 +303,11 @@ def answers_loader(rows: Sequence[TokenRow], text: TextConfig, loop: LoopConfig)
 
 def prompt_batches(
     rows: Sequence[TokenRow], text: TextConfig, size: int, seed: int
-) -> Iterator[PromptBatch]:
-    """Yield one pass over prompts, without any answers."""
+) -> Iterator[TextBatch]:
+    """Yield one pass over prompts, without any answers; all batches but the last are full."""
     alone = [row._replace(answers=(), rank=()) for row in rows]
-    config = BatchConfig(min(size, len(alone)), seed=seed, last="drop")
-    for batch in epoch(text_loader(alone, [(text.max_prompt, 0)], config)):
-        yield PromptBatch(batch.tokens[:, 0], batch.mask[:, 0])
+    config = BatchConfig(min(size, len(alone)), seed=seed)
+    yield from epoch(text_loader(alone, [(text.max_prompt, 0)], config))
 
 
 def _batches(loop: LoopConfig, last: Literal["pad", "drop"] = "pad") -> BatchConfig:

@@ -106,7 +106,7 @@ def pipeline(config: PipelineConfig) -> Path:
         task = dataclasses.replace(config.task, seed=config.seed)
         rlhf_use.data(rlhf_use.DataJob(str(data), task))
     base = Path(config.base or out / BASE)
-    if not base.exists():
+    if not config.base:
         rlhf_use.new(rlhf_use.NewJob(str(base), str(data), config.seed, config.architecture))
 
     def loop(step: Any) -> LoopConfig:

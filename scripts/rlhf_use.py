@@ -29,7 +29,13 @@ from mbrl.training.text_data import read_text, write_text
 from mbrl.training.tokenizer_files import load_tokenizer
 from mbrl.types import Array
 from scripts.rlhf_jobs import TextConfig, prompt_batches, read_rows
-from scripts.rlhf_models import LoadedReward, load_model, load_reward, save_model
+from scripts.rlhf_models import (
+    LoadedReward,
+    copy_tokenizer,
+    load_model,
+    load_reward,
+    save_model,
+)
 
 CHUNK = 256
 """Rows that are evaluated at once."""
@@ -66,11 +72,13 @@ class NewJob:
 
 def new(job: NewJob) -> Path:
     """Run the job; returns the folder."""
-    tokenizer = load_tokenizer(Path(job.tokenizer))
-    config = dataclasses.replace(job.architecture, vocab=tokenizer.vocab)
-    params = transformer(config).init(jax.random.key(job.seed))
-    save_model(Path(job.out), config, params, Path(job.tokenizer))
-    return Path(job.out)
+    out, source = Path(job.out), Path(job.tokenizer)
+    config = dataclasses.replace(job.architecture, vocab=load_tokenizer(source).vocab)
+    if not out.exists():
+        params = transformer(config).init(jax.random.key(job.seed))
+        save_model(out, config, params, source)
+    copy_tokenizer(source, out)
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,10 +266,18 @@ def _all_scores(
     return np.concatenate(scores, 1), np.concatenate(ranks), encoded.source
 
 
-def judge_policy(
+def judge_policy(*args: Any) -> dict[str, dict[str, float]]:
+    """Return means and standard errors of what `measure_policy` finds."""
+    return {
+        name: {"mean": float(x.mean()), "error": float(x.std(ddof=1) / math.sqrt(x.size))}
+        for name, x in measure_policy(*args).items()
+    }
+
+
+def measure_policy(
     model: str, reward: str, reference: str, prompts: str, text: TextConfig,
     temperature: float, seed: int, known: bool,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Answer each prompt once and measure the answers.
 
     Args:
@@ -275,7 +291,7 @@ def judge_policy(
       known: the true reward is that of the synthetic task.
 
     Returns:
-      Mean and standard error of score, length and divergence, and of gold where it is known.
+      Score, length and divergence of each answer, and gold where it is known.
     """
     language, loaded, base = load_model(model), load_reward(reward), load_model(reference)
     length = text.max_answer
@@ -300,11 +316,10 @@ def judge_policy(
             found["gold"] = grammar.gold(written.tokens, written.mask, length)
         return found
 
-    batch = next(prompt_batches(rows, text, len(rows), seed))
-    found = jax.device_get(measure(
-        language.params, base.params, loaded.state, jax.random.key(seed), batch.tokens, batch.mask
-    ))  # fmt: skip
-    return {
-        name: {"mean": float(x.mean()), "error": float(x.std(ddof=1) / math.sqrt(x.size))}
-        for name, x in found.items()
-    }
+    parts = []
+    for number, batch in enumerate(prompt_batches(rows, text, CHUNK, seed)):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        prompt = batch.tokens[:, 0], batch.mask[:, 0]
+        part = jax.device_get(measure(language.params, base.params, loaded.state, key, *prompt))
+        parts.append({name: x[batch.row >= 0] for name, x in part.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

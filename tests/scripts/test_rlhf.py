@@ -61,6 +61,18 @@ def test_the_pipeline_judges_every_policy_on_new_prompts(made: Path) -> None:
     assert {"gold", "score", "score/spread", "length", "ended"} <= lines[0].keys()
 
 
+def test_every_prompt_is_answered_once(made: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(rlhf_use, "CHUNK", 64)  # 201 prompts: three batches and a part
+    folders = (str(made / "ppo"), str(made / "reward"), str(made / "sft"))
+    found = rlhf_use.measure_policy(
+        *folders, str(made / "data/test/prompts.jsonl"), rlhf_jobs.TextConfig(6, 16), 1.0, 0, True
+    )
+    assert {name: x.shape for name, x in found.items()} == dict.fromkeys(
+        ("gold", "kl", "length", "score"), (201,)
+    )
+    assert 1.0 <= found["length"].min() <= found["length"].max() <= 16.0
+
+
 def test_the_same_command_finds_all_of_it_done(made: Path, capsys: Any) -> None:
     before = {file: file.stat().st_mtime_ns for file in made.rglob("*.safetensors")}
     config = str(made.parent / "config.json")
