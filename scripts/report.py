@@ -1,7 +1,8 @@
 """`mbrl report`: learning curves and a table from the metrics of one or several runs.
 
 With `--dream`, what the latent model of one run predicts without looking (`scripts.dream`); with
-`--preferences`, what a learned reward has led to (`scripts.overoptimization`).
+`--preferences` or `--rlhf`, what a learned reward has led to (`scripts.overoptimization`,
+`scripts.pursuit`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import tyro
 
 from mbrl.training.evaluation import statistics
 from mbrl.training.run_directory import read_config
-from scripts import overoptimization
+from scripts import overoptimization, pursuit
 from scripts.cli import parse, run
 from scripts.curves import Curve, Run, curve, load
 from scripts.figures import COLOURS, STYLE, finish
@@ -41,6 +42,7 @@ class ReportConfig:
     With --dream: play episodes with the trained agent, let its latent model predict them
     open loop, draw that beside the truth, and print its errors as one line of JSON.
     With --preferences: draw the learned reward of runs beside the true one.
+    With --rlhf: the same for runs of mbrl rlhf, over the distance from the reference.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -51,6 +53,7 @@ class ReportConfig:
     window: int = 10  # training episodes in the moving average, at most a tenth of them
     json: bool = False  # print the table as one JSON object
     preferences: bool = False  # learned and true reward, and how far they part
+    rlhf: bool = False  # the same for language models
     dream: bool = False  # open-loop predictions of one run: PNG, or GIF of images
     episodes: int = 10  # dream: episodes to play; the errors are means over them
     context: int = 0  # dream: records the model sees; 0 = 5, or half of shorter episodes
@@ -71,12 +74,14 @@ def main(argv: list[str]) -> int:
         )
     if config.window < 1:
         raise ValueError(f"--window: got {config.window}, expected at least 1")
-    if config.dream and config.preferences:
-        raise ValueError("--dream and --preferences: got both, expected one figure at a time")
+    if config.dream + config.preferences + config.rlhf > 1:
+        raise ValueError("--dream, --preferences, --rlhf: expected one figure at a time")
     if config.dream:
         return _dream(config)
     if config.preferences:
         return _preferences(config)
+    if config.rlhf:
+        return _rlhf(config)
     runs = _load(config)
     out = _figure_file(config, "curve.png")
     draw(runs, out, config.title or _environment(config.runs), config.window)
@@ -104,6 +109,15 @@ def _preferences(config: ReportConfig) -> int:
     out = _figure_file(config, "preferences.png")
     overoptimization.draw(_load(config), out, config.title or _environment(config.runs))
     print(f"figure: {out}")
+    return 0
+
+
+def _rlhf(config: ReportConfig) -> int:
+    out = _figure_file(config, "rlhf.png")
+    labels = config.labels or [Path(path).resolve().name for path in config.runs]
+    runs = [pursuit.load(Path(p), label) for p, label in zip(config.runs, labels, strict=True)]
+    fit = pursuit.draw(runs, out, config.title)
+    print(json.dumps({"figure": str(out), "fit": fit, "runs": pursuit.summary(runs)}, indent=2))
     return 0
 
 
