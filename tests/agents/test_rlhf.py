@@ -116,6 +116,14 @@ def test_the_step_size_rises_and_falls_to_zero() -> None:
     np.testing.assert_allclose(sizes, [0.5, 1.0, 1.0, 0.5, 0.0], atol=1e-4)
 
 
+def test_epsilon_is_added_to_the_root_of_the_second_moment() -> None:
+    weights, tiny = {"w": jnp.ones(1)}, {"w": jnp.full(1, 1e-5)}
+    for eps, size in ((1e-5, 0.5), (1e-8, 1.0)):
+        optimizer = tuning(TuningConfig(learning_rate=1.0, eps=eps)).optimizer
+        updates, _ = optimizer.update(tiny, optimizer.init(weights), weights)
+        np.testing.assert_allclose(-updates["w"], size, rtol=2e-3)
+
+
 def test_scores_are_read_at_the_last_real_token() -> None:
     x = jnp.arange(12.0).reshape(3, 4)[..., None]
     mask = jnp.array([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]], bool)
