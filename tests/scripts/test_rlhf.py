@@ -14,7 +14,7 @@ import pytest
 
 from mbrl.training import checkpoint, run_directory
 from mbrl.training.text_data import read_text
-from scripts import benchmarks_page, cli, results, rlhf, rlhf_jobs, rlhf_use
+from scripts import benchmarks_page, cli, rankings_study, results, rlhf, rlhf_jobs, rlhf_use
 from scripts.rlhf_models import load_model, load_reward
 from scripts.rlhf_pipeline import PipelineConfig
 from scripts.rlhf_stage import CHECKPOINTS
@@ -240,3 +240,17 @@ def test_pipelines_become_lines_of_results(made: Path, tmp_path: Path, monkeypat
     result["config"]["ppo"]["kl_budget"] = 3.0
     (other / "result.json").write_text(json.dumps(result))
     assert cli.run(results.main, ["rlhf", str(made), str(other), "--out", str(out)]) == 2
+
+
+def test_rankings_and_their_pairs_are_compared(
+    made: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(run_directory, "versions", lambda: {"cpu": "of this machine"})
+    out = tmp_path / "rankings.json"
+    argv = [str(made), "--out", str(out), "--prompts", "4", "--answers", "3", "--seeds", "1"]
+    assert rankings_study.main([*argv, "--rows", "6", "--rates", "0.001"]) == 0
+    found = json.loads(out.read_text())["found"]
+    updates = [found[way]["0.001"][0]["updates"] for way in rankings_study.WAYS]
+    # Four rankings of three are two batches of six answers, their twelve pairs are four of them.
+    assert updates == [2, 4, 4]
+    assert all(0.0 < by_rate["0.001"][0]["log_loss"] < 2.0 for by_rate in found.values())
