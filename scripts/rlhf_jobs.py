@@ -148,17 +148,21 @@ class DirectJob:
 
 def supervised(job: SupervisedJob) -> Path:
     """Run the job; returns the folder of the model."""
-    language, out = load_model(_given(job.model, "model")), Path(job.out)
+    language = load_model(_given(job.model, "model"))
     rows = read_rows(job.data, "demonstrations", language.tokenizer, job.text)
     loader = supervised_loader(rows, job.text.max_prompt + job.text.max_answer, _batches(job.loop))
     given = SupervisedGiven(language.params)
     stage = make_supervised(language.model, job.learner)
     run = StageRun("sft", stage, given, partial(at_update, loader), _settings(job))
-    state = run_stage(run, job.loop, out)
-    save_model(
-        out / MODEL, language.model.config, stage.result(state, given), model_path(job.model)
-    )
-    return out / MODEL
+    return _trained(run, job, language)
+
+
+def _trained(run: StageRun, job: Any, language: LanguageModel) -> Path:
+    """Run a stage that makes a language model; returns the folder of the model."""
+    state = run_stage(run, job.loop, Path(job.out))
+    params, folder = run.stage.result(state, run.given), Path(job.out) / MODEL
+    save_model(folder, language.model.config, params, model_path(job.model))
+    return folder
 
 
 def reward(job: RewardJob) -> Path:
@@ -199,7 +203,7 @@ def _normalized(
 
 def ppo(job: PPOJob) -> Path:
     """Run the job; returns the folder of the model."""
-    language, out = load_model(_given(job.model, "model")), Path(job.out)
+    language = load_model(_given(job.model, "model"))
     loaded = load_reward(_given(job.reward, "reward"))
     tokenizer, learner = language.tokenizer, job.learner
     rows = read_rows(job.data, "prompts", tokenizer, job.text)
@@ -224,16 +228,12 @@ def ppo(job: PPOJob) -> Path:
         return f"{kl:.2f} nats from the reference, {job.kl_budget:g} allowed" if over else ""
 
     run = StageRun("ppo", stage, given, batch, _settings(job), stop_when)
-    state = run_stage(run, job.loop, out)
-    save_model(
-        out / MODEL, language.model.config, stage.result(state, given), model_path(job.model)
-    )
-    return out / MODEL
+    return _trained(run, job, language)
 
 
 def direct(job: DirectJob) -> Path:
     """Run the job; returns the folder of the model."""
-    language, out = load_model(_given(job.model, "model")), Path(job.out)
+    language = load_model(_given(job.model, "model"))
     rows = read_rows(job.data, job.kind, language.tokenizer, job.text)
     rows = pairs_of(rows) if job.kind == "rankings" else rows
     given, stage = DirectGiven(language.params), make_direct(language.model, job.learner)
@@ -245,11 +245,7 @@ def direct(job: DirectJob) -> Path:
         return DirectBatch(text, jnp.asarray(reference[text.row]))
 
     run = StageRun("dpo", stage, given, batch, _settings(job))
-    state = run_stage(run, job.loop, out)
-    save_model(
-        out / MODEL, language.model.config, stage.result(state, given), model_path(job.model)
-    )
-    return out / MODEL
+    return _trained(run, job, language)
 
 
 def reference_log_probs(

@@ -100,6 +100,11 @@ class TokenPPOConfig:
             check_within(self, name, 0)
         for name in ("discount", "trace"):
             check_within(self, name, 0, 1)
+        for name, choices in (
+            ("advantage", ("gae", "rloo", "grpo")), ("value", ("shared", "separate")),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {choices}")
         if self.advantage != "gae" and self.samples < 2:
             raise ValueError(
                 f"samples: got {self.samples} with advantage {self.advantage!r}, expected at least "

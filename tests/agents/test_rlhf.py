@@ -307,5 +307,7 @@ def test_impossible_settings_are_refused() -> None:
         TokenPPOConfig(advantage="rloo")
     with pytest.raises(ValueError, match="kl_kind"):
         TokenPPOConfig(kl_kind="k9")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="advantage: got 'td', expected one of"):
+        TokenPPOConfig(advantage="td")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="members, kind: got 0"):
         token_reward(MODEL, 0)
