@@ -231,3 +231,15 @@ def test_compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "below"))
     assert cli.enable_compilation_cache() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of glibc")
+@pytest.mark.parametrize(("given", "seen"), [(None, "glibc.malloc.hugetlb=1"), ("", "")])
+def test_the_command_asks_for_large_pages_unless_told(given: str | None, seen: str) -> None:
+    script = "import os; from scripts import cli; cli.main(); print(os.environ['GLIBC_TUNABLES'])"
+    env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    env |= {} if given is None else {"GLIBC_TUNABLES": given}
+    command = [sys.executable, "-c", script, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"modelrl {cli.version()}", seen]
