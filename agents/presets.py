@@ -128,7 +128,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("dreamer", "device/Pendulum"): _SMALL | _LONG,
     ("dreamer", "InvertedPendulum-v5"): _SMALL | _LONG,
     ("dreamer", "Acrobot-v1"): _SMALL,
-    ("dreamer", "dm_control/cartpole-balance-v0"): _SMALL,
+    ("dreamer", "dm_control/cartpole-balance-v0"): _SMALL | _LONG,
     ("dreamer", "device/Catch"): _SPARSE,
     ("dreamer", "device/PixelCatch"): _SPARSE | _LONG,
     ("dreamer", "device/PixelGridWorld"): _SPARSE,
