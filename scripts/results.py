@@ -81,6 +81,7 @@ TARGETS = {
     ("dreamer", "device/PixelCatch", 20_000): Target(1.0, every_seed=True),
     ("dreamer", "device/MemoryChain", 5_000): Target(0.9, every_seed=True),
     ("dreamer", "InvertedPendulum-v5", 10_000): Target(1_000.0, every_seed=True),
+    ("dreamer", "dm_control/cartpole-balance-v0", 50_000): Target(490.0),
     ("muzero", "CartPole-v1", 25_000): Target(475.0, every_seed=True),
     ("muzero", "CartPole-v1", 25_000, "--simulations", "4"): Target(475.0, every_seed=True),
     ("muzero", "CartPole-v1", 10_000): Target(475.0, every_seed=True),
