@@ -115,7 +115,8 @@ def _preferences(config: ReportConfig) -> int:
 def _rlhf(config: ReportConfig) -> int:
     out = _figure_file(config, "rlhf.png")
     labels = config.labels or [Path(path).resolve().name for path in config.runs]
-    runs = [pursuit.load(Path(p), label) for p, label in zip(config.runs, labels, strict=True)]
+    pairs = zip(config.runs, labels, strict=True)
+    runs = [one for path, label in pairs for one in pursuit.load(Path(path), label)]
     fit = pursuit.draw(runs, out, config.title)
     print(json.dumps({"figure": str(out), "fit": fit, "runs": pursuit.summary(runs)}, indent=2))
     return 0
