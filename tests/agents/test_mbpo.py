@@ -99,7 +99,7 @@ def ring(edge: float = 0.6) -> Any:
 
 def test_an_explorer_learns_from_imagined_disagreement_and_acts_while_exploring(monkeypatch):
     agent = make_mbpo(SPEC, dataclasses.replace(TINY, explore="disagreement"))
-    state = jax.jit(agent.init)(KEY)
+    state, batch = jax.jit(agent.init)(KEY), ring()[1]
     worlds, ratios = [], []
 
     def branches(mdp: Any, *rest: Any) -> Any:
@@ -113,10 +113,10 @@ def test_an_explorer_learns_from_imagined_disagreement_and_acts_while_exploring(
     imagined, draw = mbpo.branches, mbpo.mixed
     monkeypatch.setattr(mbpo, "branches", branches)
     monkeypatch.setattr(mbpo, "mixed", mixed)
-    metrics = jax.eval_shape(agent.update, state, ring()[1], KEY)[1]
+    metrics = jax.eval_shape(agent.update, state, batch, KEY)[1]
     assert ratios == [TINY.real_ratio, 0.0]
     assert "explorer/reward" in metrics
-    model, obs, action = state.ensemble.model, jnp.zeros((6, 2)), jnp.ones((6, 1))
+    model, obs, action = state.ensemble.model, jnp.ones((6, 2)), jnp.ones((6, 1))
     plain, curious = (jax.jit(world.step)(model, KEY, obs, action)[1] for world in worlds)
     assert plain.uncertainty is None
     np.testing.assert_array_equal(curious.reward, curious.uncertainty)
