@@ -62,7 +62,7 @@ def test_seeds_without_common_steps() -> None:
 
 
 def test_summary_uses_the_last_evaluation_of_each_seed(tmp_path: Path) -> None:
-    rows = [evaluation(100, -9.0), evaluation(200, 1.0), evaluation(100, -9.0, 1)]
+    rows = [evaluation(100, 9.0), evaluation(200, 1.0), evaluation(100, 9.0, 1)]
     rows += [evaluation(200, 3.0, 1), episode(300, 77.0)]
     row = report.summarize(curves.load(write(tmp_path, *rows), "x"))
     assert row["mean"] == 2.0
