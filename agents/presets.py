@@ -104,10 +104,16 @@ _SWING = _LIGHT | {"discount": 0.95, "temperature": 0.5, "target_entropy": -0.5}
 
 _UPRIGHT = _LIGHT | {"temperature": 0.1}
 
+_CLIMB = _UPRIGHT | {"discount": 0.98}
+"""The reward is two seconds of swings away, and half of it has to reach the start."""
+
 _FEW = {"random_steps": 200, "capacity": 20_000}
 
 _MODEL = {"members": 5, "elites": 4, "train_every": 50, "train_ratio": 10.0}
 """MBPO where thousands of steps are enough."""
+
+_SHORT = {"max_epochs": 10, "random_steps": 400}
+"""Fits that go on from the last one: what is new in 50 steps is learned in a few epochs."""
 
 _HOP = {
     "hidden": (200, 200, 200, 200), "learning_rate": 1e-3, "batch_size": 256, "length": (1, 15),
@@ -156,6 +162,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("sac", "device/Pendulum"): _SWING | _FEW | {"target_entropy": -1.0},
     ("mbpo", "Pendulum-v1"): _MODEL | {"random_steps": 400, "sac": _SWING},
     ("mbpo", "device/Pendulum"): _MODEL | {"random_steps": 400, "sac": _SWING},
+    ("mbpo", "device/PendulumSparse"): _MODEL | _SHORT | {"sac": _CLIMB},
     ("sac", "InvertedPendulum-v5"): _UPRIGHT | _FEW,
     ("sac", "HalfCheetah-v5"): _RUN,
     ("mbpo", "Hopper-v5"): _HOP,

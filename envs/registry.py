@@ -39,6 +39,7 @@ from mbrl.types import MDP
 
 DEVICE: dict[str, Callable[..., MDP]] = {
     "device/Pendulum": pendulum.make,
+    "device/PendulumSparse": partial(pendulum.make, sparse=True),
     "device/CartPole": cartpole.make,
     "device/CartPoleFixed": partial(cartpole.make, fixed=200),
     "device/CartPoleSwingUp": cartpole_swingup.make,

@@ -30,16 +30,16 @@ GEMM, QUICK_GEMM = (10_000, 200), (64, 16)
 class BenchConfig:
     """Measure speed on this machine and print JSON."""
 
-    what: tyro.conf.Positional[Literal["planning", "dreamer", "muzero", "ppo", "rlhf"]]
+    what: tyro.conf.Positional[Literal["planning", "dreamer", "muzero", "ppo", "mbpo", "rlhf"]]
     """planning: planners, model learning and seeds; dreamer: updates and policy steps;
-    muzero: searches, training and updates; ppo: training runs of one seed and several; rlhf:
-    steps of every stage."""
+    muzero: searches, training and updates; ppo: training runs of one seed and several; mbpo: an
+    epoch, its rollouts and its updates; rlhf: steps of every stage."""
     repeats: int = 20
     """Warm calls per figure, of which the median and the fastest are reported."""
     parts: tuple[str, ...] = ()
     """What to measure: planning, preset, batch, epoch, seeds; or 1m, 12m, image, start,
-    seeds; or search, reanalysis, train, update; or train, seeds; or reward, direct, generate, ppo,
-    members, rankings; all when empty."""
+    seeds; or search, reanalysis, train, update; or train, seeds; or epoch, imagine, update; or
+    reward, direct, generate, ppo, members, rankings; all when empty."""
     out: str = ""
     """File for the JSON; standard output when empty."""
     quick: bool = False

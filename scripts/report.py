@@ -153,8 +153,16 @@ def summarize(one: Run) -> dict[str, Any]:
 
 
 def panels(runs: Sequence[Run], most: int = 3) -> list[str]:
-    """Choose the metrics for the small panels: held-out errors first, then losses."""
-    names = {name for one in runs for name in one.series if not name.startswith("eval/")}
+    """Choose the metrics for the small panels: held-out errors first, then losses.
+
+    What never changes, as the error of ends in a task without any, has nothing to show.
+    """
+    names = {
+        name
+        for one in runs
+        for name, seeds in one.series.items()
+        if not name.startswith("eval/") and any(np.ptp(values) > 0 for _, values in seeds.values())
+    }
     chosen: list[str] = []
     for word in PANEL_WORDS:
         chosen += sorted(name for name in names if word in name.lower() and name not in chosen)

@@ -49,11 +49,12 @@ def speed(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         "update": _muzero_update,
     }  # fmt: skip
     ppo = {"train": _ppo_training, "seeds": _ppo_seeds, "peers": _ppo_peers}
+    mbpo = {"epoch": _mbpo_epoch, "imagine": _imagining, "update": _mbpo_updates}
     rlhf = {
         "reward": _reward_step, "direct": _direct_step, "generate": _generation,
         "ppo": _ppo_iteration, "members": _members, "rankings": _rankings, "peers": _rlhf_peers,
     }  # fmt: skip
-    kinds = {"dreamer": dreamer, "muzero": muzero, "ppo": ppo, "rlhf": rlhf}
+    kinds = {"dreamer": dreamer, "muzero": muzero, "ppo": ppo, "mbpo": mbpo, "rlhf": rlhf}
     parts = kinds.get(measured["benchmark"], planning)
     rows = [
         {"task": task, "setting": setting + pinned, "metric": metric, "value": value,
@@ -210,6 +211,33 @@ def _ppo_peers(case: Mapping[str, Any]) -> Iterable[Line]:
     name = "times faster than Stable-Baselines3"
     yield task, beside, f"{name} when compiled", case["times_faster"], ">= 20"
     yield task, beside, f"{name} with compilation", case["times_faster_in_all"], ">= 5"
+
+
+def _mbpo_epoch(case: Mapping[str, Any]) -> Iterable[Line]:
+    task = f"MBPO epoch, {case['task']}"
+    setting = (
+        f"{case['env_steps']:,} steps, {case['imagined_steps']:,} imagined, "
+        f"{case['updates']:,} updates"
+    )
+    yield task, setting, "seconds in one call", case["one_seconds"], None
+    yield task, setting, "seconds call by call", case["calls_seconds"], None
+    yield task, setting, "times faster in one call", case["times_faster"], ">= 3"
+
+
+def _imagining(case: Mapping[str, Any]) -> Iterable[Line]:
+    task, setting = "MBPO rollouts", f"{case['members']} x {'-'.join(map(str, case['model']))}"
+    yield task, setting, "imagined steps per second", case["steps_per_second"], None
+    yield task, setting, "share of the f32 GEMM rate", case["share_of_gemm"], None
+
+
+def _mbpo_updates(case: Mapping[str, Any]) -> Iterable[Line]:
+    task = "MBPO, updates of actor and critics"
+    setting = f"batch {case['batch']}, {'-'.join(map(str, case['hidden']))}"
+    yield task, setting, "updates per second in one call", case["updates_per_second"], None
+    calls = case["updates_per_second_calls"]
+    yield task, setting, "updates per second call by call", calls, None
+    yield task, setting, "times faster in one call", case["times_faster"], None
+    yield task, setting, "share of the f32 GEMM rate", case["share_of_gemm"], None
 
 
 def _step(task: str, setting: str, case: Mapping[str, Any], bound: str | None) -> Iterable[Line]:

@@ -1,4 +1,4 @@
-"""Pendulum swing-up with the dynamics of Gymnasium's Pendulum-v1."""
+"""Pendulum swing-up with the dynamics of Gymnasium's Pendulum-v1, and one with a rare reward."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PendulumState(NamedTuple):
 DEFAULT = PendulumParams()
 
 
-def make(constants: PendulumParams = DEFAULT) -> MDP:
+def make(constants: PendulumParams = DEFAULT, sparse: bool = False) -> MDP:
     """Make the pendulum: keep it upright with little torque; it never terminates.
 
     The state keeps the angle wrapped, which changes no observation and no reward, and
@@ -42,6 +42,9 @@ def make(constants: PendulumParams = DEFAULT) -> MDP:
 
     Args:
       constants: used where `params` is None, and for the spaces.
+      sparse: begin at rest within 0.1 rad of the lowest point; reward 1 while the cosine of the
+        angle is above 0.9, minus 0.1 for all of the torque, in its square. Who has never been
+        up sees costs alone (after Curi et al. 2020, arXiv:2006.08684).
 
     Returns:
       `MDP` with observation `[cos, sin, speed]` and action `[torque]`.
@@ -54,6 +57,8 @@ def make(constants: PendulumParams = DEFAULT) -> MDP:
             obs = start_obs(spec, obs)
             return PendulumState(jnp.arctan2(obs[:, 1], obs[:, 0]), obs[:, 2])
         u = jax.random.uniform(key, (batch, 2), minval=-1.0, maxval=1.0)
+        if sparse:
+            return PendulumState(wrap_angle(jnp.pi + 0.1 * u[:, 0]), jnp.zeros(batch))
         return PendulumState(jnp.pi * u[:, 0], u[:, 1])
 
     def step(
@@ -62,7 +67,10 @@ def make(constants: PendulumParams = DEFAULT) -> MDP:
         p = constants if params is None else params
         torque = jnp.clip(action[:, 0], -p.max_torque, p.max_torque)
         angle, speed = wrap_angle(state.angle), state.speed
-        cost = angle**2 + 0.1 * speed**2 + 0.001 * torque**2
+        if sparse:
+            cost = 0.1 * (torque / p.max_torque) ** 2 - (jnp.cos(angle) > 0.9)
+        else:
+            cost = angle**2 + 0.1 * speed**2 + 0.001 * torque**2
         gravity = 1.5 * p.gravity / p.length * jnp.sin(angle)
         speed = speed + (gravity + 3.0 / (p.mass * p.length**2) * torque) * p.dt
         speed = jnp.clip(speed, -p.max_speed, p.max_speed)
@@ -73,7 +81,7 @@ def make(constants: PendulumParams = DEFAULT) -> MDP:
 
     high = np.array([1.0, 1.0, constants.max_speed])
     spec = EnvSpec(
-        "device/Pendulum",
+        "device/PendulumSparse" if sparse else "device/Pendulum",
         box(-high, high),
         box(-constants.max_torque, constants.max_torque, (1,)),
         max_episode_steps=200,

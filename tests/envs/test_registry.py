@@ -28,6 +28,7 @@ def test_device_ids_are_their_own_name(id):
         mdp.spec.max_episode_steps
         == {
             "Pendulum": 200,
+            "PendulumSparse": 200,
             "CartPole": 500,
             "CartPoleFixed": 200,
             "CartPoleSwingUp": 200,

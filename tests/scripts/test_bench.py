@@ -18,7 +18,15 @@ from mbrl import spaces
 from mbrl.models.value_equivalent import ValueEquivalentConfig
 from mbrl.planning import PlannerConfig
 from mbrl.types import MDP, Array, EnvSpec, Outcome
-from scripts import bench, bench_muzero, bench_planning, benchmarks_page, flops, results
+from scripts import (
+    bench,
+    bench_mbpo,
+    bench_muzero,
+    bench_planning,
+    benchmarks_page,
+    flops,
+    results,
+)
 
 FAST = ("planning", "preset", "batch", "epoch")
 
@@ -197,6 +205,47 @@ def test_training_of_ppo_is_measured(tmp_path: Path) -> None:
         "seconds when compiled": None,
         "time relative to one seed": "<= 2",
     }
+
+
+@pytest.mark.slow
+def test_an_epoch_of_mbpo_is_measured_in_one_call_and_call_by_call(tmp_path: Path) -> None:
+    file, out = tmp_path / "mbpo.json", tmp_path / "lines" / "mbpo.jsonl"
+    argv = ["mbpo", "--quick", "--repeats", "2", "--out", str(file)]
+    assert bench.main(argv) == 0
+    found = json.loads(file.read_text("utf-8"))
+    epoch = found["epoch"]
+    assert (epoch["env_steps"], epoch["imagined_steps"], epoch["updates"]) == (4, 8, 4)
+    for case in (epoch, found["update"]):
+        assert 0 < case["one_seconds"]
+        assert 0 < case["calls_seconds"]
+    update = found["update"]
+    assert update["updates_per_second"] == pytest.approx(4 / update["one_seconds"])
+    assert found["imagine"]["steps_per_second"] == pytest.approx(
+        8 / found["imagine"]["median_seconds"]
+    )
+    file.write_text(json.dumps(found | {"quick": False}), "utf-8")
+    assert results.main(["bench", str(file), "--out", str(out)]) == 0
+    rows = benchmarks_page.load(out.parent)
+    assert "| MBPO epoch, device/Pendulum | 4 steps, 8 imagined, 4 updates" in (
+        benchmarks_page.render(rows)
+    )
+    assert [row["target"] for row in rows if row["target"]] == [">= 3"]
+
+
+def test_an_epoch_of_mbpo_call_by_call_does_the_same_work() -> None:
+    sizes = bench_mbpo.quick_sizes()
+    config, built = sizes.config, bench_mbpo.programs(sizes.config)
+    state = jax.eval_shape(lambda: bench_mbpo.start(sizes)[1])
+    model = jax.eval_shape(built.model, state.learner)
+    parts = {
+        "step": flops.count_flops(built.step, state),
+        "model": flops.count_flops(built.model, state.learner),
+        "learn": flops.count_flops(built.learn, model.sac, state.key, model.real, model.imagined),
+    }
+    assert min(parts.values()) > 0
+    work = config.train_every * parts["step"] + parts["model"]
+    work += bench_mbpo.num_updates(config) * parts["learn"]
+    assert flops.count_flops(built.epoch, state) == work
 
 
 def test_the_network_of_a_search_alone_does_the_same_work() -> None:

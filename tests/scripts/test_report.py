@@ -62,7 +62,7 @@ def test_seeds_without_common_steps() -> None:
 
 
 def test_summary_uses_the_last_evaluation_of_each_seed(tmp_path: Path) -> None:
-    rows = [evaluation(100, -9.0), evaluation(200, 1.0), evaluation(100, -9.0, 1)]
+    rows = [evaluation(100, 9.0), evaluation(200, 1.0), evaluation(100, 9.0, 1)]
     rows += [evaluation(200, 3.0, 1), episode(300, 77.0)]
     row = report.summarize(curves.load(write(tmp_path, *rows), "x"))
     assert row["mean"] == 2.0
@@ -118,7 +118,9 @@ def test_malformed_line_is_named(line: str, tmp_path: Path) -> None:
 
 def test_panels_prefer_held_out_errors() -> None:
     names = ("value", "model/loss", "eval/loss", "model/holdout_mse", "reward/error", "a_loss")
-    one = curves.Run("x", {name: {} for name in names})
+    line = {(0, 0): (np.arange(3), np.arange(3.0))}
+    flat = {(0, 0): (np.arange(3), np.zeros(3))}
+    one = curves.Run("x", dict.fromkeys(names, line) | {"ends/holdout_error": flat})
     assert report.panels([one]) == ["model/holdout_mse", "a_loss", "model/loss"]
 
 

@@ -152,3 +152,30 @@ def test_a_fixed_episode_of_cartpole_pays_where_the_other_goes_on():
     np.testing.assert_array_equal(pays.reward, np.where(up, goes_on.discount, 0.0))
     assert 0 < pays.reward.mean() < 1
     np.testing.assert_array_equal(pays.discount, 1.0)
+
+
+def test_a_sparse_pendulum_hangs_and_is_paid_at_the_top_alone():
+    mdp, dense, key = pendulum.make(sparse=True), pendulum.make(), jax.random.key(0)
+    start = mdp.init(None, key, batch=500)
+    hanging = np.pi - np.abs(start.angle)
+    assert 0.0 <= hanging.min() < 0.01 < 0.09 < hanging.max() <= 0.1001
+    np.testing.assert_array_equal(start.speed, 0.0)
+    # The cosine of 0.45 is above 0.9, that of 0.46 is not.
+    angle, torque = jnp.array([0.0, 0.45, 0.46, -0.3, 3.0]), jnp.array([0.0, 0.0, 0.0, -1.0, 9.0])
+    state = pendulum.PendulumState(angle, jnp.array([0.0, 5.0, 0.0, 1.0, 0.0]))
+    (one, paid), (other, _) = (m.step(None, key, state, torque[:, None]) for m in (mdp, dense))
+    np.testing.assert_allclose(paid.reward, [1.0, 1.0, 0.0, 1.0 - 0.025, -0.1], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_random_torques_never_bring_a_sparse_pendulum_up():
+    mdp = pendulum.make(sparse=True)
+
+    def step(state, key):
+        action = jax.random.uniform(key, (64, 1), minval=-2.0, maxval=2.0)
+        state, outcome = mdp.step(None, key, state, action)
+        return state, outcome.reward
+
+    start = mdp.init(None, jax.random.key(1), batch=64)
+    rewards = jax.lax.scan(step, start, jax.random.split(jax.random.key(2), 200))[1]
+    assert rewards.max() <= 0.0
