@@ -1,7 +1,7 @@
 """MBPO: SAC on short rollouts of a learned model that branch off from what has been recorded.
 
 Reference: Janner et al. 2019 (arXiv:1906.08253); pessimistic rewards after Yu et al. 2020 (MOPO,
-arXiv:2005.13239).
+arXiv:2005.13239), or an end where nothing is known, Kidambi et al. 2020 (MOReL, arXiv:2005.05951).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from agents.sac import (
     summary,
 )
 from mbrl import normalization, replay, spaces
+from mbrl.halting import fit_halt
 from mbrl.imagination import branches, rollout_length
 from mbrl.losses.policy_gradient import average
-from mbrl.mdp import SplitParams, penalized, with_reward
+from mbrl.mdp import SplitParams, halted, penalized, with_reward
 from mbrl.mixing import mixed, pool
 from mbrl.models.fitted_ensemble import (
     EnsembleConfig,
@@ -70,6 +71,11 @@ class MBPOConfig(EnsembleConfig):
     """Share of recorded transitions in what actor and critics learn from (P)."""
     penalty: float = 0.0
     """Reward subtracted per standard deviation of model disagreement (MOPO); < 0 is optimism."""
+    halt: float = 0.0
+    """Share of the recorded steps whose disagreement the model is trusted at; imagined episodes end
+    beyond it (MOReL). 1 trusts the worst of them, 0 never halts."""
+    halt_margin: float = 1.0
+    """Standard deviations of the reward by which each step there is worse than all recorded ones."""
     train_ratio: float = 20.0
     """Updates of actor and critics per environment step (P: 10 to 40)."""
     random_steps: int = 500
@@ -85,7 +91,16 @@ class MBPOConfig(EnsembleConfig):
         super().__post_init__()
         check_whole(self, "rollouts", "train_every", "capacity", "random_steps")
         check_within(self, "real_ratio", 0, 1)
+        check_within(self, "halt", 0, 1)
+        check_within(self, "halt_margin", 0)
         check_within(self, "train_ratio", 0, ends="(]")
+        discount = self.sac.discount
+        if isinstance(discount, float) and discount >= 1.0 and self.halt:
+            raise ValueError(
+                f"sac.discount must be below 1 where imagined episodes halt, got {discount} with "
+                f"halt={self.halt}: what a halt costs would have no end; pass for example "
+                "--sac.discount 0.99"
+            )
         if min(self.length) < 1:
             raise ValueError(
                 f"length must be at least 1 step, got {self.length}; pass for example --length 1 1"
@@ -128,7 +143,8 @@ def make_mbpo(
     learner = make_learner(spec, config.sac, "MBPO")
     model = build_ensemble(spec, config, network)
     uses_penalty = not (isinstance(config.penalty, float) and config.penalty == 0.0)
-    mdp = model.mdp(config.propagation, uncertainty=uses_penalty)
+    halts = not (isinstance(config.halt, float) and config.halt == 0.0)
+    mdp = model.mdp(config.propagation, uncertainty=uses_penalty or halts)
     mdp = mdp if reward_fn is None else with_reward(mdp, given_reward(reward_fn))
     mdp = penalized(mdp, config.penalty) if uses_penalty else mdp
     optimizer = ensemble_optimizer(config)
@@ -164,8 +180,14 @@ def make_mbpo(
         steps = config.random_steps + state.calls * config.train_every
         length = rollout_length(steps, config.schedule, config.length)
         params = ensemble.model if reward_fn is None else SplitParams(ensemble.model, None)
+        trusted = mdp
+        if halts:
+            trusted = halted(mdp, *fit_halt(
+                mdp, params, jax.random.fold_in(branch_key, 1), data, valid, config.halt,
+                config.halt_margin, 1.0 / (1.0 - config.sac.discount),
+            ))  # fmt: skip
         found, counts = branches(
-            mdp, params, branch_key, starts, policy_of(sac), length, max(config.length)
+            trusted, params, branch_key, starts, policy_of(sac), length, max(config.length)
         )
         imagined = pool(found, counts & (real.count > 0))
 

@@ -16,7 +16,8 @@ import optax
 
 from mbrl import replay, spaces
 from mbrl.fitting import FitConfig
-from mbrl.mdp import SplitParams, penalized, with_reward
+from mbrl.halting import Halt, fit_halt, no_halt
+from mbrl.mdp import SplitParams, halted, penalized, with_reward
 from mbrl.models.fitted_ensemble import (
     EnsembleConfig,
     FittedEnsemble,
@@ -34,7 +35,7 @@ from mbrl.models.reward import RewardModel, RewardState, given_reward, reward_mo
 from mbrl.models.termination import cautious
 from mbrl.models.value import ValueModel, ValueState, terminal_value, value_model
 from mbrl.planning import PlannerConfig, planner
-from mbrl.settings import check_whole
+from mbrl.settings import check_whole, check_within
 from mbrl.types import (
     Agent,
     Array,
@@ -70,6 +71,11 @@ class PETSConfig(EnsembleConfig):
     discounted by `planner.discount`; 0 = plans end in nothing (P). 8 for survival (M)."""
     penalty: float = 0.0
     """Reward subtracted per standard deviation of model disagreement; < 0 is optimism."""
+    halt: float = 0.0
+    """Share of the recorded steps whose disagreement the model is trusted at; plans end beyond it
+    (MOReL). 1 trusts the worst of them, 0 never halts."""
+    halt_margin: float = 1.0
+    """Standard deviations of the reward by which each step there is worse than all recorded ones."""
     planner: PlannerConfig = PlannerConfig()
     """Model-predictive control."""
 
@@ -77,6 +83,8 @@ class PETSConfig(EnsembleConfig):
         super().__post_init__()
         check_whole(self, "train_every", "capacity")
         check_whole(self, "random_steps", "value_rounds", least=0)
+        check_within(self, "halt", 0, 1)
+        check_within(self, "halt_margin", 0)
         endless = not isinstance(self.planner.discount, Array) and self.planner.discount >= 1
         if self.value_rounds and endless:
             raise ValueError(
@@ -87,7 +95,9 @@ class PETSConfig(EnsembleConfig):
 
 
 class PETSState(NamedTuple):
-    """Everything PETS learns; `reward` and `value` are None unless they are learned apart."""
+    """Everything PETS learns; `reward` and `value` are None unless they are learned apart, `halt`
+    unless plans halt.
+    """
 
     model: EnsembleState
     opt_state: optax.OptState
@@ -96,6 +106,7 @@ class PETSState(NamedTuple):
     reward_opt_state: optax.OptState | None = None
     value: ValueState | None = None
     value_opt_state: optax.OptState | None = None
+    halt: Halt | None = None
 
 
 class PETSCarry(NamedTuple):
@@ -127,15 +138,17 @@ def make_pets(
     model, reward, value = _models(spec, config, network)
     source = reward if reward_fn is None else given_reward(reward_fn)
     uses_penalty = not (isinstance(config.penalty, float) and config.penalty == 0.0)
-    mdp = model.mdp(config.propagation, uncertainty=uses_penalty)
+    halts = not (isinstance(config.halt, float) and config.halt == 0.0)
+    mdp = model.mdp(config.propagation, uncertainty=uses_penalty or halts)
     mdp = mdp if source is None else with_reward(mdp, source)
     mdp = penalized(mdp, config.penalty) if uses_penalty else mdp
     optimizer = ensemble_optimizer(config)
 
-    def controller(after: ValueState | None = None) -> Planner:
+    def controller(after: ValueState | None = None, halt: Halt | None = None) -> Planner:
+        trusted = mdp if halt is None else halted(mdp, *halt)
         if value is None or after is None:
-            return planner(mdp, config.planner)
-        return planner(mdp, config.planner, value=terminal_value(value, after, mdp))
+            return planner(trusted, config.planner)
+        return planner(trusted, config.planner, value=terminal_value(value, after, mdp))
 
     def planning_params(state: PETSState, mode: Mode) -> Any:
         model = _cautious(state.model) if mode == "greedy" else state.model
@@ -149,7 +162,7 @@ def make_pets(
         if value is not None:
             after = value.init(jax.random.fold_in(key, 2))
             learned = learned._replace(value=after, value_opt_state=optimizer.init(after.weights))
-        return learned
+        return learned._replace(halt=no_halt()) if halts else learned
 
     def begin(num_envs: int) -> PETSCarry:
         return PETSCarry(controller().init(num_envs))
@@ -164,7 +177,9 @@ def make_pets(
         init_key, plan_key = jax.random.split(key)
         params = planning_params(state, mode)
         start = mdp.init(params, init_key, obs)
-        action, warm, _ = controller(state.value).plan(params, plan_key, start, carry.plan)
+        action, warm, _ = controller(state.value, state.halt).plan(
+            params, plan_key, start, carry.plan
+        )
         return action, PETSCarry(warm), ()
 
     def update(state: PETSState, batch: Batch, key: Key) -> tuple[PETSState, Metrics, None]:
@@ -189,6 +204,11 @@ def make_pets(
                 value, optimizer, state, batch, value_key, config.value_rounds
             )
             metrics |= found
+        if halts:
+            state = state._replace(halt=fit_halt(
+                mdp, planning_params(state, "explore"), jax.random.fold_in(key, 1), data, valid,
+                config.halt, config.halt_margin, _plan_length(config.planner, value is not None),
+            ))  # fmt: skip
         return state, metrics, None
 
     sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
@@ -228,6 +248,13 @@ def _iterate_value(
     metrics = part_metrics("value", opt_state, jax.tree.map(lambda x: x[-1], found))
     metrics["value/mean"] = params.units.mean
     return state._replace(value=params, value_opt_state=opt_state), metrics
+
+
+def _plan_length(config: PlannerConfig, endless: bool) -> Array | float:
+    """Return the sum of the discounts of a plan, and of what follows it if that has a value."""
+    if endless:
+        return 1.0 / (1.0 - config.discount)
+    return jnp.sum(config.discount ** jnp.arange(config.horizon))
 
 
 def _cautious(model: EnsembleState) -> EnsembleState:

@@ -86,6 +86,16 @@ def _map_outcome(mdp: MDP, change: Callable[[Outcome], Outcome]) -> MDP:
     return mdp._replace(step=step)
 
 
+def uncertainty_of(outcome: Outcome, name: str) -> Array:
+    """Return the uncertainty [B] of a step; a model without any is refused for `name`."""
+    if outcome.uncertainty is None:
+        raise ValueError(
+            f"{name}: this MDP reports no uncertainty (Outcome.uncertainty is None); "
+            "build the model with uncertainty=True"
+        )
+    return outcome.uncertainty
+
+
 def penalized(mdp: MDP, coef: float | Array) -> MDP:
     """Subtract `coef` standard deviations of epistemic uncertainty from every reward.
 
@@ -101,12 +111,8 @@ def penalized(mdp: MDP, coef: float | Array) -> MDP:
     """
 
     def change(outcome: Outcome) -> Outcome:
-        if outcome.uncertainty is None:
-            raise ValueError(
-                "penalized: this MDP reports no uncertainty (Outcome.uncertainty is None); "
-                "build the model with uncertainty=True"
-            )
-        return outcome._replace(reward=outcome.reward - coef * outcome.uncertainty)
+        uncertainty = uncertainty_of(outcome, "penalized")
+        return outcome._replace(reward=outcome.reward - coef * uncertainty)
 
     return _map_outcome(mdp, change)
 
@@ -117,6 +123,32 @@ def optimistic(mdp: MDP, coef: float | Array) -> MDP:
     Reference: Curi et al. 2020 (arXiv:2006.08684).
     """
     return penalized(mdp, -coef)
+
+
+def halted(mdp: MDP, threshold: float | Array, penalty: float | Array) -> MDP:
+    """End the episode where the model does not know what a step does.
+
+    Reference: MOReL, Kidambi et al. 2020 (arXiv:2005.05951).
+
+    Args:
+      mdp: a model that reports `Outcome.uncertainty` (a simulator reports 0).
+      threshold: uncertainty, in units of reward, above which a step is unknown; inf never
+        halts. May be traced, see `mbrl.halting.fit_halt`.
+      penalty: what the reward of an unknown step is lowered to, with the sign turned. Nothing
+        follows, so it stands for all that would have: the discount of the step is 0.
+
+    Raises:
+      ValueError: when stepped, if the model was built without uncertainty.
+    """
+
+    def change(outcome: Outcome) -> Outcome:
+        unknown = uncertainty_of(outcome, "halted") > threshold
+        return outcome._replace(
+            reward=jnp.where(unknown, -penalty, outcome.reward),
+            discount=jnp.where(unknown, 0.0, outcome.discount),
+        )
+
+    return _map_outcome(mdp, change)
 
 
 def discounted(mdp: MDP, gamma: float | Array) -> MDP:
