@@ -75,7 +75,7 @@ class MBPOConfig(EnsembleConfig):
     """Share of the recorded steps whose disagreement the model is trusted at; imagined episodes end
     beyond it (MOReL). 1 trusts the worst of them, 0 never halts."""
     halt_margin: float = 1.0
-    """Standard deviations of the reward by which each step there is worse than all recorded ones."""
+    """Standard deviations of reward by which each step there is worse than all recorded ones."""
     train_ratio: float = 20.0
     """Updates of actor and critics per environment step (P: 10 to 40)."""
     random_steps: int = 500

@@ -75,7 +75,7 @@ class PETSConfig(EnsembleConfig):
     """Share of the recorded steps whose disagreement the model is trusted at; plans end beyond it
     (MOReL). 1 trusts the worst of them, 0 never halts."""
     halt_margin: float = 1.0
-    """Standard deviations of the reward by which each step there is worse than all recorded ones."""
+    """Standard deviations of reward by which each step there is worse than all recorded ones."""
     planner: PlannerConfig = PlannerConfig()
     """Model-predictive control."""
 
