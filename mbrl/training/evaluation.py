@@ -101,6 +101,49 @@ def evaluate_device(
     return np.asarray(jax.jit(over_seeds(play, keys.shape[0]))(agent_state, keys, hyper or {}))
 
 
+def evaluate_in_model(
+    factory: AgentFactory,
+    agent_state: State,
+    model: MDP,
+    params: Any,
+    keys: Key,
+    start_obs: Any,
+    members: int = 1,
+    hyper: Hyper | None = None,
+) -> np.ndarray:
+    """Predict the return of greedy episodes by a model: offline policy evaluation.
+
+    Reference: Fu et al. 2021 (arXiv:2103.16596), where the model is one of the methods.
+
+    Args:
+      factory: builds the agent.
+      agent_state: leaves [S, ...].
+      model: any decision process whose `init` takes observations, such as a learned one; its
+        `spec.max_episode_steps` cuts episodes.
+      params: its parameters.
+      keys: [S].
+      start_obs: observations [M, ...] that every member starts from.
+      members: models N that keep an equal share of the rows each, in order (an ensemble under
+        'tsinf'); what they disagree about is what the data does not say.
+      hyper: as in training.
+
+    Returns:
+      [S, N, M] undiscounted returns.
+
+    Raises:
+      ValueError: when the episodes have no maximal length.
+    """
+    num = jax.tree.leaves(start_obs)[0].shape[0]
+    starts = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * members), start_obs)
+
+    def init(params: Any, key: Key, obs: Any = None, batch: int = 1) -> State:
+        return model.init(params, key, starts)
+
+    at_starts = model._replace(init=init)
+    returns = evaluate_device(factory, agent_state, at_starts, keys, members * num, hyper, params)
+    return returns.reshape(-1, members, num)
+
+
 def host_actor(
     factory: AgentFactory, keys: Key, num_envs: int, mode: Mode, hyper: Hyper
 ) -> tuple[Carry, Callable[..., tuple[Key, Array, Carry]]]:
