@@ -52,31 +52,42 @@ class ModelEnvConfig:
 def main(argv: list[str]) -> int:
     """Run the job."""
     config = parse(ModelEnvConfig, argv, "model_env.py")
-    model = learned_model(Path(config.run), "ts1")
-    inside, outside = model_env(model), task_env(model.run)
-    began = time.process_time()
-    agent = train(config, inside)
-    seconds = time.process_time() - began
-    untrained = judge(None, outside, config)
+    found = study(config)
     versions = run_directory.versions()
     written = {
         "command": f"python scripts/model_env.py {Path(config.run).name}",
         "config": dataclasses.asdict(config) | {"run": Path(config.run).name, "out": ""},
-        "env": model.run.env_id, "model": model.run.agent_name, "model_steps": model.step,
-        "processor_seconds": round(seconds), **results.origin(versions),
-        "commit": versions.get("commit", "unknown"), "date": time.strftime("%Y-%m-%d"),
-        "cores": len(os.sched_getaffinity(0)),
-        "returns": {
-            "in the model": judge(agent, inside, config),
-            "in the task": judge(agent, outside, config),
-            "random actions in the task": untrained,
-        },
+        **results.origin(versions), "commit": versions.get("commit", "unknown"),
+        "date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0)), **found,
     }  # fmt: skip
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
-    for name, one in written["returns"].items():
+    for name, one in found["returns"].items():
         print(f"{name}: {one['mean']:.1f} +- {one['std']:.1f} over {config.episodes} episodes")
     return 0
+
+
+def study(config: ModelEnvConfig) -> dict[str, Any]:
+    """Train in the model, and judge there and in the task.
+
+    Raises:
+      ValueError: for a run without a model that can be used, see `learned_model`.
+    """
+    model = learned_model(Path(config.run), "ts1")
+    inside, outside = model_env(model), task_env(model.run)
+    began = time.process_time()
+    agent = train(config, inside)
+    return {
+        "env": model.run.env_id,
+        "model": model.run.agent_name,
+        "model_steps": model.step,
+        "processor_seconds": round(time.process_time() - began),
+        "returns": {
+            "in the model": judge(agent, inside, config),
+            "in the task": judge(agent, outside, config),
+            "random actions in the task": judge(None, outside, config),
+        },
+    }
 
 
 def model_env(model: LearnedModel) -> gym.Env[Any, Any]:
