@@ -238,7 +238,7 @@ def draw(written: Mapping[str, Any], out: Path) -> None:
             axis.set_title(titles[name])
         axes[0].set_ylabel("return, two standard errors")
         axes[0].legend()
-        figure.savefig(out)
+        figure.savefig(out, dpi=160)
         plt.close(figure)
 
 
