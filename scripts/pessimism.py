@@ -45,7 +45,7 @@ from mbrl.types import MDP, Record
 from scripts import results
 from scripts.cli import parse, run
 
-AGENTS = ("mbpo", "cem")
+AGENTS = ("cem", "mbpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +72,11 @@ class PessimismConfig:
     """Coefficients of the disagreement; the first is none."""
     halt: float = 0.99
     """Share of the recorded steps whose disagreement is trusted where imagined episodes halt."""
-    updates: int = 6
+    updates: int = 4
     """Updates of MBPO, each a fit of the model and 1,000 steps of SAC."""
     episodes: int = 20
     """Episodes per learner, for MBPO."""
-    plans: int = 5
+    plans: int = 2
     """Episodes per learner, for CEM."""
 
 
@@ -89,9 +89,18 @@ def main(argv: list[str]) -> int:
     record, recorded = narrow(config, env)
     print(f"data: returns {recorded.mean():.0f} +- {recorded.std():.0f}", flush=True)
     found: dict[str, Any] = {}
-    for name, learn in zip(AGENTS, (mbpo_returns, cem_returns), strict=True):
+    for name, learn in zip(AGENTS, (cem_returns, mbpo_returns), strict=True):
         found[name] = summary(config, learn(config, env, record))
         print(report(name, found[name]), flush=True)
+        data = {"mean": float(recorded.mean()), "returns": recorded.tolist()}
+        write(config, began, {"data": data, "found": found})  # the next part may take long
+    if config.figure:
+        draw(json.loads(Path(config.out).read_text("utf-8")), Path(config.figure))
+    return 0
+
+
+def write(config: PessimismConfig, began: tuple[float, float], found: Mapping[str, Any]) -> None:
+    """Write what has been found, and how."""
     versions = run_directory.versions()
     written = {
         "command": "python scripts/pessimism.py",
@@ -99,14 +108,10 @@ def main(argv: list[str]) -> int:
         "seconds": round(time.perf_counter() - began[0]),
         "processor_seconds": round(time.process_time() - began[1]),
         **results.origin(versions), "commit": versions.get("commit", "unknown"),
-        "date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0)),
-        "data": {"mean": float(recorded.mean()), "returns": recorded.tolist()}, "found": found,
+        "date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0)), **found,
     }  # fmt: skip
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
-    if config.figure:
-        draw(written, Path(config.figure))
-    return 0
 
 
 def narrow(config: PessimismConfig, env: MDP) -> tuple[Record, np.ndarray]:
@@ -168,7 +173,7 @@ def mbpo_returns(config: PessimismConfig, env: MDP, record: Record) -> np.ndarra
 def cem_returns(config: PessimismConfig, env: MDP, record: Record) -> np.ndarray:
     """Plan in models of the data, one per seed: returns [settings, seeds, episodes]."""
     planning = PlannerConfig(
-        "cem", horizon=20, population=40, iterations=3, particles=1, elites=5, discount=0.95
+        "cem", horizon=15, population=32, iterations=3, particles=1, elites=5, discount=0.95
     )
     base = PETSConfig(
         hidden=(64, 64), batch_size=256, max_epochs=40, propagation="mean", planner=planning
