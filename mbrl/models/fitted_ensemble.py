@@ -135,6 +135,7 @@ def ensemble_world(
     config: EnsembleConfig,
     reward: RewardFn | None = None,
     penalty: float | Array = 0.0,
+    reports: bool = False,
 ) -> MDP:
     """Present a model as the `MDP` that `config` describes.
 
@@ -142,10 +143,11 @@ def ensemble_world(
       model: the functions of the ensemble.
       config: how it propagates, and what it calls uncertainty.
       reward: in place of the members' own, as in `mbrl.mdp.with_reward`.
-      penalty: per unit of uncertainty, see `mbrl.mdp.penalized`; at 0 none is computed.
+      penalty: per unit of uncertainty, see `mbrl.mdp.penalized`.
+      reports: compute uncertainty also where the penalty is 0.
     """
     uses_penalty = not (isinstance(penalty, float) and penalty == 0.0)
-    mdp = _world(model, config, reward, uses_penalty)
+    mdp = _world(model, config, reward, uses_penalty or reports)
     return penalized(mdp, penalty) if uses_penalty else mdp
 
 
