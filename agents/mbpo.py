@@ -23,6 +23,7 @@ from agents.sac import (
     summary,
 )
 from mbrl import normalization, replay, spaces
+from mbrl.exploitation import newest_exploitation
 from mbrl.imagination import branches, rollout_length
 from mbrl.losses.policy_gradient import average
 from mbrl.mdp import SplitParams, penalized, with_reward
@@ -31,11 +32,14 @@ from mbrl.models.fitted_ensemble import (
     EnsembleConfig,
     FittedEnsemble,
     Fitter,
+    World,
     build_ensemble,
     ensemble_optimizer,
     fit_ensemble,
     init_ensemble,
 )
+from mbrl.models.probabilistic import ProbabilisticEnsemble
+from mbrl.models.propagation import EnsembleState
 from mbrl.models.reward import given_reward
 from mbrl.networks.observation import vector_of
 from mbrl.settings import check_whole, check_within
@@ -106,6 +110,23 @@ class MBPOState(NamedTuple):
     """Updates so far, from which the length of rollouts follows."""
 
 
+def world(spec: EnvSpec, config: MBPOConfig) -> World:
+    """Build the model of an agent, with the reward that it has learned."""
+    return _world(build_ensemble(spec, config), config, None)
+
+
+def _world(model: ProbabilisticEnsemble, config: MBPOConfig, reward_fn: RewardFn | None) -> World:
+    mdp = model.mdp(config.propagation, uncertainty=False)
+    if reward_fn is None:
+        return World(model, mdp, lambda state: state.ensemble.model, _model_of)
+    known = with_reward(mdp, given_reward(reward_fn))
+    return World(model, known, lambda state: SplitParams(state.ensemble.model, None), _model_of)
+
+
+def _model_of(state: MBPOState) -> EnsembleState:
+    return state.ensemble.model
+
+
 def make_mbpo(
     spec: EnvSpec,
     config: MBPOConfig = MBPOConfig(),
@@ -127,6 +148,7 @@ def make_mbpo(
     """
     learner = make_learner(spec, config.sac, "MBPO")
     model = build_ensemble(spec, config, network)
+    believed = _world(model, config, reward_fn)
     uses_penalty = not (isinstance(config.penalty, float) and config.penalty == 0.0)
     mdp = model.mdp(config.propagation, uncertainty=uses_penalty)
     mdp = mdp if reward_fn is None else with_reward(mdp, given_reward(reward_fn))
@@ -145,7 +167,7 @@ def make_mbpo(
         return choose(spec, learner, state.sac, obs, is_first, key, mode), carry, ()
 
     def update(state: MBPOState, batch: Batch, key: Key) -> tuple[MBPOState, Metrics, None]:
-        model_key, ending_key, start_key, branch_key, learn_key = jax.random.split(key, 5)
+        model_key, ending_key, start_key, branch_key, learn_key, gap_key = jax.random.split(key, 6)
         data, valid = replay.transitions(batch)
         data = rewarded(data, reward_fn)
         num_envs, rows = batch.valid.shape
@@ -153,6 +175,10 @@ def make_mbpo(
         ensemble, metrics = fit_ensemble(
             model, config, state.ensemble, Fitter(optimizer, data, valid & holdout), valid,
             model_key, ending_key,
+        )  # fmt: skip
+        metrics |= newest_exploitation(
+            believed.mdp, believed.params(state), gap_key, batch, data, config.train_every,
+            state.calls > 0,
         )  # fmt: skip
         sac = state.sac
         if config.sac.normalize_obs:
@@ -163,7 +189,7 @@ def make_mbpo(
         starts = real.draw(start_key, config.rollouts).obs
         steps = config.random_steps + state.calls * config.train_every
         length = rollout_length(steps, config.schedule, config.length)
-        params = ensemble.model if reward_fn is None else SplitParams(ensemble.model, None)
+        params = believed.params(state._replace(ensemble=ensemble))
         found, counts = branches(
             mdp, params, branch_key, starts, policy_of(sac), length, max(config.length)
         )

@@ -1,8 +1,8 @@
 """Calibration: whether predicted distributions hold what they promise, and one scale that mends it.
 
 Members of an ensemble, or samples of a posterior, are read as the mixture of their Gaussians with
-equal weights. That is what particles are drawn from; one Gaussian of the same mean and variance would
-be another distribution where members disagree. Targets are judged one dimension at a time.
+equal weights. That is what particles are drawn from; one Gaussian of the same mean and variance
+would be another distribution where members disagree. Targets are judged one dimension at a time.
 """
 
 from __future__ import annotations
@@ -42,27 +42,30 @@ class Calibration(NamedTuple):
     correlation: Array
 
 
-def calibration(means: Array, variances: Array, targets: Array) -> Calibration:
+def calibration(
+    means: Array, variances: Array, targets: Array, mask: Array | None = None
+) -> Calibration:
     """Compare predictions with targets.
 
     Args:
       means: [N, B, D] of the members, in units in which the dimensions may be averaged.
       variances: [N, B, D] of the members.
       targets: [B, D].
+      mask: bool [B], rows that count; None = all.
 
     Reference: Accurate Uncertainties for Deep Learning Using Calibrated Regression, Kuleshov et al.
     2018 (arXiv:1807.00263).
     """
     below = mixture_cdf(means, variances, targets)
-    curve = reliability(below, jnp.asarray(LEVELS))
+    curve = reliability(below, jnp.asarray(LEVELS), mask)
     wrong = jnp.sqrt(jnp.mean((means.mean(0) - targets) ** 2, -1))
     unsure = jnp.sqrt(jnp.mean(member_disagreement(means) ** 2, -1))
     return Calibration(
-        mixture_nll(means, variances, targets).mean(0),
-        interval_coverage(below, jnp.asarray(INTERVALS)),
+        _share(mixture_nll(means, variances, targets)[None], mask)[0],
+        interval_coverage(below, jnp.asarray(INTERVALS), mask),
         curve,
         jnp.abs(curve - jnp.asarray(LEVELS)[:, None]).mean(0),
-        rank_correlation(wrong, unsure),
+        rank_correlation(wrong, unsure, mask),
     )
 
 
@@ -101,20 +104,33 @@ def reliability(below: Array, levels: Array, mask: Array | None = None) -> Array
     return _share(below <= levels[:, None, None], mask)
 
 
-def _share(hits: Array, mask: Array | None) -> Array:
-    weight = jnp.ones(hits.shape[1]) if mask is None else mask.astype(jnp.float32)
-    return jnp.einsum("lbd,b->ld", hits.astype(jnp.float32), weight) / jnp.maximum(weight.sum(), 1)
+def _share(x: Array, mask: Array | None) -> Array:
+    """Average [L, B, D] over the rows that count; others may hold anything, NaN included."""
+    counts = jnp.ones(x.shape[1], bool) if mask is None else mask
+    total = jnp.where(counts[:, None], x, 0.0).sum(1)
+    return total / jnp.maximum(counts.sum(), 1)
 
 
-def rank_correlation(a: Array, b: Array) -> Array:
-    """Compute Spearman's rank correlation of [B] and [B]; ties share the mean of their ranks."""
+def rank_correlation(a: Array, b: Array, mask: Array | None = None) -> Array:
+    """Compute Spearman's rank correlation; ties share the mean of their ranks.
+
+    Args:
+      a: [B].
+      b: [B].
+      mask: bool [B], rows that count; None = all.
+    """
+    counts = jnp.ones(a.shape, bool) if mask is None else mask
+    total = jnp.maximum(counts.sum(), 1)
 
     def ranks(x: Array) -> Array:
+        x = jnp.where(counts, x, jnp.inf)  # behind all that count
         ordered = jnp.sort(x)
         first, after = (jnp.searchsorted(ordered, x, side=side) for side in ("left", "right"))
-        return (first + after) / 2.0
+        rank = jnp.where(counts, (first + after) / 2.0, 0.0)
+        return jnp.where(counts, rank - rank.sum() / total, 0.0)
 
-    return jnp.corrcoef(ranks(a), ranks(b))[0, 1]
+    one, two = ranks(a), ranks(b)
+    return jnp.sum(one * two) / jnp.sqrt(jnp.sum(one**2) * jnp.sum(two**2))
 
 
 def interval_scale(

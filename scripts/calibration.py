@@ -138,10 +138,8 @@ def study(task: str, config: StudyConfig) -> Any:
         )
         state = fitted.model
         fresh, counts = replay.transitions(collect(env, keys[4], config.streams, config.records))
-        # Rows that are no transition are replaced by others that are.
-        rows = jnp.nonzero(counts, size=counts.shape[0], fill_value=jnp.argmax(counts))[0]
         sets = {
-            "held_out": jax.tree.map(lambda x: x[rows], fresh),
+            "held_out": (fresh, counts),
             "off_distribution": elsewhere(env, config, keys[5], data.obs, valid),
         }
         plain = state._replace(scale=jnp.ones_like(state.scale))
@@ -152,7 +150,7 @@ def study(task: str, config: StudyConfig) -> Any:
             "rows": counts.sum(), "holdout": (valid & held).sum(),
             "scale": {way: one.scale for way, one in ways.items()},
             "epochs": metrics["model/epochs"],
-            **{name: judge(model, ways, part) for name, part in sets.items()},
+            **{name: judge(model, ways, *part) for name, part in sets.items()},
         }  # fmt: skip
 
     return jax.jit(seed)
@@ -183,8 +181,10 @@ def collect(env: MDP, key: Key, streams: int, records: int) -> Batch:
     return Batch(record, valid.at[:, -1].set(False))
 
 
-def elsewhere(env: MDP, config: StudyConfig, key: Key, obs: Array, valid: Array) -> Transition:
-    """Take single steps from states that the data may be far from; see the module."""
+def elsewhere(
+    env: MDP, config: StudyConfig, key: Key, obs: Array, valid: Array
+) -> tuple[Transition, Array]:
+    """Take single steps from states that the data may be far from; see the module. All count."""
     place_key, init_key, action_key, step_key = jax.random.split(key, 4)
     counted = valid[:, None]
     low = jnp.where(counted, obs, jnp.inf).min(0)
@@ -197,7 +197,8 @@ def elsewhere(env: MDP, config: StudyConfig, key: Key, obs: Array, valid: Array)
     action = spaces.sample(env.spec.action, action_key, (config.off,))
     after, outcome = env.step(None, step_key, state, action)
     now, later = env.observe(None, state), env.observe(None, after)
-    return Transition(now, action, outcome.reward, later, outcome.discount == 0.0)
+    found = Transition(now, action, outcome.reward, later, outcome.discount == 0.0)
+    return found, jnp.ones(config.off, bool)
 
 
 def likelihood_scale(
@@ -215,19 +216,21 @@ def likelihood_scale(
 
 
 def judge(
-    model: ProbabilisticEnsemble, ways: Mapping[str, EnsembleState], data: Transition
+    model: ProbabilisticEnsemble, ways: Mapping[str, EnsembleState], data: Transition, mask: Array
 ) -> dict[str, Any]:
     """Compare predictions of transitions with the truth, for every way to scale deviations."""
     found: dict[str, Any] = {}
     for way, state in ways.items():
         mean, var = model.predict(state, data.obs, data.action)
         target = model.target(state, data)
-        found[way] = calibration(mean, var, target)._asdict()
+        found[way] = calibration(mean, var, target, mask)._asdict()
         found["correlation"] = found[way].pop("correlation")  # the same: a scale moves no mean
     wrong = jnp.sqrt(jnp.mean((mean.mean(0) - target) ** 2, -1))
     unsure = jnp.sqrt(jnp.mean(member_disagreement(mean) ** 2, -1))
-    order = jnp.argsort(unsure)[: len(unsure) // PARTS * PARTS]
-    parts = jax.tree.map(lambda x: x[order].reshape(PARTS, -1).mean(1), (unsure, wrong))
+    order = jnp.argsort(jnp.where(mask, unsure, jnp.inf))
+    rank = jnp.argsort(order) * PARTS // jnp.maximum(mask.sum(), 1)  # PARTS of what does not count
+    count = jax.ops.segment_sum(jnp.ones(len(rank)), rank, PARTS)
+    parts = [jax.ops.segment_sum(x, rank, PARTS) / count for x in (unsure, wrong)]
     found["parts"] = dict(zip(("epistemic", "error"), parts, strict=True))
     return found
 

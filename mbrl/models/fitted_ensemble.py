@@ -16,7 +16,7 @@ from mbrl.fitting import Fit, FitConfig, fit_members
 from mbrl.models.probabilistic import ProbabilisticEnsemble, Target, probabilistic_ensemble
 from mbrl.models.propagation import EnsembleState, Propagation
 from mbrl.settings import check_whole, check_within
-from mbrl.types import Array, EnvSpec, Key, Metrics, Network, Transition
+from mbrl.types import MDP, Array, EnvSpec, Key, Metrics, Network, Transition
 
 LEVEL = 0.95
 """Central interval that recalibration makes right."""
@@ -96,6 +96,22 @@ class FittedEnsemble(NamedTuple):
     model: EnsembleState
     opt_state: optax.OptState
     termination_opt_state: optax.OptState
+
+
+class World(NamedTuple):
+    """What an agent believes of its task, without a penalty or a bonus for uncertainty.
+
+    Attributes:
+      model: the ensemble.
+      mdp: the model with the reward that the agent acts for.
+      params: `(state of the agent) -> parameters of mdp`.
+      ensemble: `(state of the agent) -> EnsembleState`.
+    """
+
+    model: ProbabilisticEnsemble
+    mdp: MDP
+    params: Callable[[Any], Any]
+    ensemble: Callable[[Any], EnsembleState]
 
 
 def build_ensemble(

@@ -55,6 +55,15 @@ def test_what_is_calibrated_is_told_so_and_what_is_not_by_how_much():
     assert float(found.error[2]) > 0.2
     # Below the predicted median lie those below one deviation: the curve tells the sign of a bias.
     np.testing.assert_allclose(found.reliability[9, 2], 0.841, atol=0.02)
+    # Rows that do not count may hold anything.
+    spoilt, counts = target.at[::3].set(jnp.nan), jnp.arange(ROWS) % 3 > 0
+    masked = jax.jit(calibration)(
+        means, jnp.broadcast_to(deviations**2, means.shape), spoilt, counts
+    )
+    rest = jax.jit(calibration)(
+        means[:, counts], jnp.broadcast_to(deviations**2, means[:, counts].shape), target[counts]
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), masked, rest)
     np.testing.assert_allclose(found.nll[0], 0.5 * np.log(2 * np.pi) + 0.5, atol=0.04)
 
 
@@ -103,6 +112,8 @@ def test_rank_correlation_sees_order_alone_and_ties():
     np.testing.assert_allclose(rank_correlation(jnp.asarray(x), -jnp.asarray(x)), -1.0, atol=1e-5)
     a, b = jnp.array([1.0, 2.0, 2.0, 3.0]), jnp.array([1.0, 3.0, 2.0, 4.0])
     np.testing.assert_allclose(rank_correlation(a, b), 0.9487, atol=1e-4)  # as scipy has it
+    longer, mask = (jnp.append(x, jnp.array([9.0, -9.0])) for x in (a, b)), jnp.arange(6) < 4
+    np.testing.assert_allclose(rank_correlation(*longer, mask), 0.9487, atol=1e-4)
 
 
 SPEC = EnvSpec("heavy", spaces.box(-np.inf, np.inf, (2,)), spaces.box(-1.0, 1.0, (1,)))
