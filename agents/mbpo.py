@@ -23,6 +23,7 @@ from agents.sac import (
     summary,
 )
 from mbrl import normalization, replay, spaces
+from mbrl.exploitation import newest_exploitation
 from mbrl.halting import fit_halt
 from mbrl.imagination import branches, rollout_length
 from mbrl.losses.policy_gradient import average
@@ -32,6 +33,7 @@ from mbrl.models.fitted_ensemble import (
     EnsembleConfig,
     FittedEnsemble,
     Fitter,
+    World,
     build_ensemble,
     curious_world,
     ensemble_optimizer,
@@ -39,6 +41,7 @@ from mbrl.models.fitted_ensemble import (
     fit_ensemble,
     init_ensemble,
 )
+from mbrl.models.probabilistic import ProbabilisticEnsemble
 from mbrl.models.reward import given_reward
 from mbrl.networks.observation import vector_of
 from mbrl.settings import check_choice, check_whole, check_within
@@ -130,6 +133,21 @@ class MBPOState(NamedTuple):
     """What acts while exploring, if it is not `sac`."""
 
 
+def world(spec: EnvSpec, config: MBPOConfig) -> World:
+    """Build the model of an agent, with the reward that it has learned."""
+    return _world(build_ensemble(spec, config), config, None)
+
+
+def _world(model: ProbabilisticEnsemble, config: MBPOConfig, source: Any) -> World:
+    def params(state: MBPOState) -> Any:
+        model = state.ensemble.model
+        return model if source is None else SplitParams(model, None)
+
+    return World(
+        model, ensemble_world(model, config, source), params, lambda state: state.ensemble.model
+    )
+
+
 def make_mbpo(
     spec: EnvSpec,
     config: MBPOConfig = MBPOConfig(),
@@ -153,6 +171,7 @@ def make_mbpo(
     model = build_ensemble(spec, config, network)
     source = None if reward_fn is None else given_reward(reward_fn)
     halts = not (isinstance(config.halt, float) and config.halt == 0.0)
+    believed = _world(model, config, source)
     mdp = ensemble_world(model, config, source, config.penalty, reports=halts)
     explored = mdp if config.explore == "reward" else curious_world(model, config, source)
     optimizer = ensemble_optimizer(config)
@@ -172,7 +191,7 @@ def make_mbpo(
         return choose(spec, learner, sac, obs, is_first, key, mode), carry, ()
 
     def update(state: MBPOState, batch: Batch, key: Key) -> tuple[MBPOState, Metrics, None]:
-        model_key, ending_key, *keys = jax.random.split(key, 5 if explored is mdp else 8)
+        model_key, ending_key, gap_key, *keys = jax.random.split(key, 6 if explored is mdp else 9)
         data, valid = replay.transitions(batch)
         data = rewarded(data, reward_fn)
         num_envs, rows = batch.valid.shape
@@ -181,10 +200,14 @@ def make_mbpo(
             model, config, state.ensemble, Fitter(optimizer, data, valid & holdout), valid,
             model_key, ending_key,
         )  # fmt: skip
+        metrics |= newest_exploitation(
+            believed.mdp, believed.params(state), gap_key, batch, data, config.train_every,
+            state.calls > 0,
+        )  # fmt: skip
         real = pool(data._replace(is_terminal=data.is_terminal.astype(jnp.float32)), valid)
         steps = config.random_steps + state.calls * config.train_every
         length = rollout_length(steps, config.schedule, config.length)
-        params = ensemble.model if reward_fn is None else SplitParams(ensemble.model, None)
+        params = believed.params(state._replace(ensemble=ensemble))
         trusted = mdp
         if halts:
             trusted = halted(mdp, *fit_halt(

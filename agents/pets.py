@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agents.sac import rewarded
 from mbrl import replay, spaces
+from mbrl.exploitation import newest_exploitation
 from mbrl.fitting import FitConfig
 from mbrl.halting import Halt, fit_halt, no_halt
 from mbrl.mdp import RewardFn, SplitParams, halted, with_reward
@@ -22,6 +24,7 @@ from mbrl.models.fitted_ensemble import (
     EnsembleConfig,
     FittedEnsemble,
     Fitter,
+    World,
     build_ensemble,
     curious_world,
     ensemble_optimizer,
@@ -153,6 +156,7 @@ def make_pets(
     _check(spec, config, reward_fn is not None)
     model, reward, value = _models(spec, config, network)
     source = reward if reward_fn is None else given_reward(reward_fn)
+    believed = _world(model, config, source)
     halts = not (isinstance(config.halt, float) and config.halt == 0.0)
     mdp = ensemble_world(model, config, source, config.penalty, reports=halts)
     explored = mdp if config.explore == "reward" else _explored(spec, config, model, source)
@@ -211,12 +215,17 @@ def make_pets(
         data, valid = replay.transitions(batch)
         num_envs, rows = batch.valid.shape
         holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
-        model_key, ending_key, reward_key, value_key = jax.random.split(key, 4)
+        model_key, ending_key, reward_key, value_key, gap_key = jax.random.split(key, 5)
+        compared = newest_exploitation(
+            believed.mdp, believed.params(state), gap_key, batch, rewarded(data, reward_fn),
+            config.train_every, state.model.targets.count > 0,
+        )  # fmt: skip
         fit = Fitter(optimizer, data, valid & holdout)
         ensemble = FittedEnsemble(
             state.model, state.opt_state, state.termination_opt_state, state.posterior
         )
         ensemble, metrics = fit_ensemble(model, config, ensemble, fit, valid, model_key, ending_key)
+        metrics |= compared
         state = state._replace(**ensemble._asdict())
         if reward is not None:
             head = reward.standardize(cast(RewardState, state.reward), data, valid)
@@ -240,6 +249,19 @@ def make_pets(
 
     sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
     return Agent(init, begin, act, update, sampling)
+
+
+def world(spec: EnvSpec, config: PETSConfig) -> World:
+    """Build the model of an agent, with the reward that it has learned."""
+    model, reward, _ = _models(spec, config, None)
+    return _world(model, config, reward)
+
+
+def _world(model: ProbabilisticEnsemble, config: PETSConfig, source: RewardFn | None) -> World:
+    def params(state: PETSState) -> Any:
+        return state.model if source is None else SplitParams(state.model, state.reward)
+
+    return World(model, ensemble_world(model, config, source), params, lambda state: state.model)
 
 
 def _models(
