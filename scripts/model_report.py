@@ -9,6 +9,7 @@ imagines the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +113,7 @@ def show(folder: Path, out: str, window: dream.Window, title: str = "") -> dict[
     if longest < 1:
         raise ValueError(f"--length: {folder} plays episodes of one record, expected more")
     steps = sorted({k for k in (*STEPS, modelled.horizon(run.config)) if k <= longest})
-    ask = jax.jit(lambda state, *rest: predict(world, state, *rest, steps[-1]))
+    ask = jax.jit(partial(predict, world, longest=steps[-1]))
     key = jax.random.fold_in(jax.random.key(window.seed), 1)  # the agent has had the seed's own
     found: Found = jax.device_get(ask(state, key, record, valid))
     observed, outcomes = dream.parts(run.spec.observation, record, found.rollouts)
