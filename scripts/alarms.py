@@ -103,7 +103,7 @@ class Alarms:
                 f"{gap:.1f} deviations less, in four reports in a row. The agent may exploit the "
                 "errors of its model; make it cautious (--penalty 1.0; dreamer: --members 5 as "
                 "well; muzero: --model.members 5), or let it learn from more steps before it is "
-                f"relied on (--random-steps); see mbrl report {self._out}",
+                f"relied on (--random-steps); see model/exploitation in {self._out}",
                 file=sys.stderr,
             )
 

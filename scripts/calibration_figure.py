@@ -60,7 +60,7 @@ def draw(written: dict[str, Any], out: Path) -> None:
             bottom.legend(loc="upper left", fontsize=8)
         axes[0, 0].set_ylabel("share of targets below it")
         axes[1, 0].set_ylabel("error of the mean")
-        axes[0, 0].legend(loc="upper left", fontsize=8)
+        axes[0, 0].legend(loc="lower right", fontsize=8)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=160)
         plt.close(figure)
