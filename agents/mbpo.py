@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +25,24 @@ from agents.sac import (
 from mbrl import normalization, replay, spaces
 from mbrl.imagination import branches, rollout_length
 from mbrl.losses.policy_gradient import average
-from mbrl.mdp import SplitParams, penalized, with_reward
+from mbrl.mdp import SplitParams
 from mbrl.mixing import mixed, pool
 from mbrl.models.fitted_ensemble import (
     EnsembleConfig,
     FittedEnsemble,
     Fitter,
     build_ensemble,
+    curious_world,
     ensemble_optimizer,
+    ensemble_world,
     fit_ensemble,
     init_ensemble,
 )
 from mbrl.models.reward import given_reward
 from mbrl.networks.observation import vector_of
-from mbrl.settings import check_whole, check_within
+from mbrl.settings import check_choice, check_whole, check_within
 from mbrl.types import (
+    MDP,
     Agent,
     Array,
     Batch,
@@ -70,6 +73,9 @@ class MBPOConfig(EnsembleConfig):
     """Share of recorded transitions in what actor and critics learn from (P)."""
     penalty: float = 0.0
     """Reward subtracted per standard deviation of model disagreement (MOPO); < 0 is optimism."""
+    explore: Literal["reward", "disagreement"] = "reward"
+    """What a policy that explores is after: the same as in evaluation, or the disagreement of the
+    members alone (Plan2Explore, OPAX): a policy of its own, imagined data alone, twice the time."""
     train_ratio: float = 20.0
     """Updates of actor and critics per environment step (P: 10 to 40)."""
     random_steps: int = 500
@@ -85,6 +91,7 @@ class MBPOConfig(EnsembleConfig):
         super().__post_init__()
         check_whole(self, "rollouts", "train_every", "capacity", "random_steps")
         check_within(self, "real_ratio", 0, 1)
+        check_choice(self, "explore", ("reward", "disagreement"))
         check_within(self, "train_ratio", 0, ends="(]")
         if min(self.length) < 1:
             raise ValueError(
@@ -104,6 +111,8 @@ class MBPOState(NamedTuple):
     sac: SACState
     calls: Array
     """Updates so far, from which the length of rollouts follows."""
+    explorer: SACState | None = None
+    """What acts while exploring, if it is not `sac`."""
 
 
 def make_mbpo(
@@ -127,25 +136,27 @@ def make_mbpo(
     """
     learner = make_learner(spec, config.sac, "MBPO")
     model = build_ensemble(spec, config, network)
-    uses_penalty = not (isinstance(config.penalty, float) and config.penalty == 0.0)
-    mdp = model.mdp(config.propagation, uncertainty=uses_penalty)
-    mdp = mdp if reward_fn is None else with_reward(mdp, given_reward(reward_fn))
-    mdp = penalized(mdp, config.penalty) if uses_penalty else mdp
+    source = None if reward_fn is None else given_reward(reward_fn)
+    mdp = ensemble_world(model, config, source, config.penalty)
+    explored = mdp if config.explore == "reward" else curious_world(model, config, source)
     optimizer = ensemble_optimizer(config)
     num_updates = max(1, round(config.train_ratio * config.train_every))
 
     def init(key: Key) -> MBPOState:
-        model_key, sac_key = jax.random.split(key)
+        model_key, sac_key, *more = jax.random.split(key, 2 if explored is mdp else 3)
         ensemble = init_ensemble(model, optimizer, model_key)
-        return MBPOState(ensemble, learner.init(sac_key), jnp.zeros((), jnp.int32))
+        explorer = learner.init(*more) if more else None
+        return MBPOState(ensemble, learner.init(sac_key), jnp.zeros((), jnp.int32), explorer)
 
     def act(
         state: MBPOState, carry: Any, obs: Any, is_first: Array, key: Key, mode: Mode
     ) -> tuple[Any, Any, Any]:
-        return choose(spec, learner, state.sac, obs, is_first, key, mode), carry, ()
+        exploring = state.explorer if mode == "explore" else None
+        sac = state.sac if exploring is None else exploring
+        return choose(spec, learner, sac, obs, is_first, key, mode), carry, ()
 
     def update(state: MBPOState, batch: Batch, key: Key) -> tuple[MBPOState, Metrics, None]:
-        model_key, ending_key, start_key, branch_key, learn_key = jax.random.split(key, 5)
+        model_key, ending_key, *keys = jax.random.split(key, 5 if explored is mdp else 8)
         data, valid = replay.transitions(batch)
         data = rewarded(data, reward_fn)
         num_envs, rows = batch.valid.shape
@@ -154,36 +165,49 @@ def make_mbpo(
             model, config, state.ensemble, Fitter(optimizer, data, valid & holdout), valid,
             model_key, ending_key,
         )  # fmt: skip
-        sac = state.sac
-        if config.sac.normalize_obs:
-            seen = vector_of(spec.observation, data.obs)
-            sac = sac._replace(obs=normalization.fit(seen, valid))
-
         real = pool(data._replace(is_terminal=data.is_terminal.astype(jnp.float32)), valid)
-        starts = real.draw(start_key, config.rollouts).obs
         steps = config.random_steps + state.calls * config.train_every
         length = rollout_length(steps, config.schedule, config.length)
         params = ensemble.model if reward_fn is None else SplitParams(ensemble.model, None)
-        found, counts = branches(
-            mdp, params, branch_key, starts, policy_of(sac), length, max(config.length)
-        )
-        imagined = pool(found, counts & (real.count > 0))
 
-        def learn(sac: SACState, key: Key) -> tuple[SACState, Metrics]:
-            draw_key, key = jax.random.split(key)
-            part, weight = mixed(real, imagined, draw_key, config.sac.batch_size, config.real_ratio)
-            return learner.learn(sac, part, weight, key)
+        def improve(
+            sac: SACState, world: MDP, ratio: Array | float, *keys: Key
+        ) -> tuple[SACState, Metrics]:
+            """Imagine what a policy meets in a world, and learn from that and what was recorded."""
+            start_key, branch_key, learn_key = keys
+            if config.sac.normalize_obs:
+                seen = vector_of(spec.observation, data.obs)
+                sac = sac._replace(obs=normalization.fit(seen, valid))
+            starts = real.draw(start_key, config.rollouts).obs
+            found, counts = branches(
+                world, params, branch_key, starts, policy_of(sac), length, max(config.length)
+            )
+            imagined = pool(found, counts & (real.count > 0))
 
-        sac, learned = jax.lax.scan(learn, sac, jax.random.split(learn_key, num_updates))
-        weight = counts.astype(jnp.float32)
-        metrics |= summary(sac, learned) | {
+            def learn(sac: SACState, key: Key) -> tuple[SACState, Metrics]:
+                draw_key, key = jax.random.split(key)
+                part, weight = mixed(real, imagined, draw_key, config.sac.batch_size, ratio)
+                return learner.learn(sac, part, weight, key)
+
+            sac, learned = jax.lax.scan(learn, sac, jax.random.split(learn_key, num_updates))
+            weight = counts.astype(jnp.float32)
+            return sac, summary(sac, learned) | {
+                "imagined/transitions": weight.sum(),
+                "imagined/reward": average(found.reward, weight),
+                "imagined/ended": average(found.is_terminal, weight),
+            }
+
+        sac, learned = improve(state.sac, mdp, config.real_ratio, *keys[:3])
+        metrics |= learned | {
             "imagined/length": length.astype(jnp.float32),
-            "imagined/transitions": weight.sum(),
-            "imagined/reward": average(found.reward, weight),
-            "imagined/ended": average(found.is_terminal, weight),
             "replay/reward": average(data.reward, valid.astype(jnp.float32)),
         }
-        return MBPOState(ensemble, sac, state.calls + 1), metrics, None
+        explorer = state.explorer
+        if explorer is not None:
+            # Recorded rewards are not what it is after: it learns from imagined ones alone.
+            explorer, learned = improve(explorer, explored, 0.0, *keys[3:])
+            metrics["explorer/reward"] = learned["imagined/reward"]
+        return MBPOState(ensemble, sac, state.calls + 1, explorer), metrics, None
 
     def policy_of(sac: SACState) -> Callable[[Key, Any], Any]:
         def act(key: Key, obs: Any) -> Any:

@@ -16,26 +16,30 @@ import optax
 
 from mbrl import replay, spaces
 from mbrl.fitting import FitConfig
-from mbrl.mdp import SplitParams, penalized, with_reward
+from mbrl.mdp import RewardFn, SplitParams, with_reward
 from mbrl.models.fitted_ensemble import (
     EnsembleConfig,
     FittedEnsemble,
     Fitter,
     build_ensemble,
+    curious_world,
     ensemble_optimizer,
+    ensemble_world,
     fit_config,
     fit_ensemble,
     init_ensemble,
     part_metrics,
 )
+from mbrl.models.hallucination import executed_action
 from mbrl.models.probabilistic import ProbabilisticEnsemble
-from mbrl.models.propagation import EnsembleState
+from mbrl.models.propagation import EnsembleState, Weights
 from mbrl.models.reward import RewardModel, RewardState, given_reward, reward_model
 from mbrl.models.termination import cautious
 from mbrl.models.value import ValueModel, ValueState, terminal_value, value_model
 from mbrl.planning import PlannerConfig, planner
-from mbrl.settings import check_whole
+from mbrl.settings import check_choice, check_whole, check_within
 from mbrl.types import (
+    MDP,
     Agent,
     Array,
     Batch,
@@ -70,6 +74,12 @@ class PETSConfig(EnsembleConfig):
     discounted by `planner.discount`; 0 = plans end in nothing (P). 8 for survival (M)."""
     penalty: float = 0.0
     """Reward subtracted per standard deviation of model disagreement; < 0 is optimism."""
+    explore: Literal["reward", "disagreement", "hallucinated"] = "reward"
+    """What actions are planned for while exploring: the same reward as in evaluation; the
+    disagreement of the members alone (Plan2Explore, OPAX); or the reward in the most favourable
+    plausible model, by hallucinated control (H-UCRL), which leaves `penalty` to evaluation."""
+    optimism: float = 1.0
+    """Epistemic standard deviations within which a model is plausible (hallucinated)."""
     planner: PlannerConfig = PlannerConfig()
     """Model-predictive control."""
 
@@ -77,6 +87,8 @@ class PETSConfig(EnsembleConfig):
         super().__post_init__()
         check_whole(self, "train_every", "capacity")
         check_whole(self, "random_steps", "value_rounds", least=0)
+        check_choice(self, "explore", ("reward", "disagreement", "hallucinated"))
+        check_within(self, "optimism", 0)
         endless = not isinstance(self.planner.discount, Array) and self.planner.discount >= 1
         if self.value_rounds and endless:
             raise ValueError(
@@ -87,11 +99,14 @@ class PETSConfig(EnsembleConfig):
 
 
 class PETSState(NamedTuple):
-    """Everything PETS learns; `reward` and `value` are None unless they are learned apart."""
+    """Everything PETS learns; `reward` and `value` are None unless they are learned apart, and
+    `posterior` unless the members are samples of it.
+    """
 
     model: EnsembleState
     opt_state: optax.OptState
     termination_opt_state: optax.OptState
+    posterior: Weights | None = None
     reward: RewardState | None = None
     reward_opt_state: optax.OptState | None = None
     value: ValueState | None = None
@@ -99,9 +114,12 @@ class PETSState(NamedTuple):
 
 
 class PETSCarry(NamedTuple):
-    """Acting state: the planner's warm start, leaves [E, ...]."""
+    """Acting state: the planner's warm start, leaves [E, ...]; `exploring` is that of another
+    planner, where what is planned for while exploring is something else.
+    """
 
     plan: Any
+    exploring: Any = ()
 
 
 def make_pets(
@@ -126,23 +144,23 @@ def make_pets(
     _check(spec, config, reward_fn is not None)
     model, reward, value = _models(spec, config, network)
     source = reward if reward_fn is None else given_reward(reward_fn)
-    uses_penalty = not (isinstance(config.penalty, float) and config.penalty == 0.0)
-    mdp = model.mdp(config.propagation, uncertainty=uses_penalty)
-    mdp = mdp if source is None else with_reward(mdp, source)
-    mdp = penalized(mdp, config.penalty) if uses_penalty else mdp
+    mdp = ensemble_world(model, config, source, config.penalty)
+    explored = mdp if config.explore == "reward" else _explored(spec, config, model, source)
     optimizer = ensemble_optimizer(config)
 
-    def controller(after: ValueState | None = None) -> Planner:
-        if value is None or after is None:
-            return planner(mdp, config.planner)
-        return planner(mdp, config.planner, value=terminal_value(value, after, mdp))
+    def controller(world: MDP, after: ValueState | None = None) -> Planner:
+        # What follows is worth a return of the reward, not of disagreement.
+        curious = config.explore == "disagreement" and world is explored
+        if value is None or after is None or curious:
+            return planner(world, config.planner)
+        return planner(world, config.planner, value=terminal_value(value, after, world))
 
     def planning_params(state: PETSState, mode: Mode) -> Any:
         model = _cautious(state.model) if mode == "greedy" else state.model
         return model if source is None else SplitParams(model, state.reward)
 
     def init(key: Key) -> PETSState:
-        learned = PETSState(*init_ensemble(model, optimizer, key))
+        learned = PETSState(**init_ensemble(model, optimizer, key)._asdict())
         if reward is not None:
             head = reward.init(jax.random.fold_in(key, 1))
             learned = learned._replace(reward=head, reward_opt_state=optimizer.init(head.weights))
@@ -152,7 +170,8 @@ def make_pets(
         return learned
 
     def begin(num_envs: int) -> PETSCarry:
-        return PETSCarry(controller().init(num_envs))
+        exploring = () if explored is mdp else controller(explored).init(num_envs)
+        return PETSCarry(controller(mdp).init(num_envs), exploring)
 
     def act(
         state: PETSState, carry: PETSCarry, obs: Any, is_first: Array, key: Key, mode: Mode
@@ -164,8 +183,15 @@ def make_pets(
         init_key, plan_key = jax.random.split(key)
         params = planning_params(state, mode)
         start = mdp.init(params, init_key, obs)
-        action, warm, _ = controller(state.value).plan(params, plan_key, start, carry.plan)
-        return action, PETSCarry(warm), ()
+        if mode == "greedy" or explored is mdp:
+            plan = controller(mdp, state.value).plan
+            action, warm, _ = plan(params, plan_key, start, carry.plan)
+            return action, carry._replace(plan=warm), ()
+        plan = controller(explored, state.value).plan
+        action, warm, _ = plan(params, plan_key, start, carry.exploring)
+        if config.explore == "hallucinated":
+            action = executed_action(spec.action, action)
+        return action, carry._replace(exploring=warm), ()
 
     def update(state: PETSState, batch: Batch, key: Key) -> tuple[PETSState, Metrics, None]:
         data, valid = replay.transitions(batch)
@@ -173,7 +199,9 @@ def make_pets(
         holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
         model_key, ending_key, reward_key, value_key = jax.random.split(key, 4)
         fit = Fitter(optimizer, data, valid & holdout)
-        ensemble = FittedEnsemble(state.model, state.opt_state, state.termination_opt_state)
+        ensemble = FittedEnsemble(
+            state.model, state.opt_state, state.termination_opt_state, state.posterior
+        )
         ensemble, metrics = fit_ensemble(model, config, ensemble, fit, valid, model_key, ending_key)
         state = state._replace(**ensemble._asdict())
         if reward is not None:
@@ -207,6 +235,22 @@ def _models(
     if config.value_rounds:
         value = value_model(spec, config.planner.discount, config.members, network=network)
     return model, reward, value
+
+
+def _explored(
+    spec: EnvSpec, config: PETSConfig, model: ProbabilisticEnsemble, source: RewardFn | None
+) -> MDP:
+    """Build what is planned in while exploring for something other than the reward."""
+    if config.explore == "disagreement":
+        return curious_world(model, config, source)
+    explored = model.hallucinated(config.optimism)
+    if source is None:
+        return explored
+
+    def executed(params: Any, obs: Any, action: Array, next_obs: Any) -> tuple[Array, Array]:
+        return source(params, obs, executed_action(spec.action, action), next_obs)
+
+    return with_reward(explored, executed)
 
 
 def _iterate_value(

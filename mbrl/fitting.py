@@ -12,8 +12,9 @@ import optax
 
 from mbrl.types import Array, Key, Metrics, Params
 
-Loss = Callable[[Params, Any], tuple[Array, Metrics]]
-"""`(weights, batch [N, B, ...]) -> (losses [N], metrics)`; weight leaves lead with [N]."""
+Loss = Callable[..., tuple[Array, Metrics]]
+"""`(weights, batch [N, B, ...]) -> (losses [N], metrics)`; weight leaves lead with [N]. Losses that
+are random take a key as well."""
 
 Error = Callable[[Params, Any, Array], Array]
 """`(weights, batch [B, ...], mask [B]) -> [N]` error on held-out data, in nats (a log)."""
@@ -108,6 +109,7 @@ def fit_members(
     holdout: Array,
     key: Key,
     config: FitConfig,
+    keyed: bool = False,
 ) -> Fit:
     """Train every member until its own held-out error stops improving; keep its best weights.
 
@@ -126,6 +128,7 @@ def fit_members(
       holdout: [M] bool, rows to stop by. Without any, members run for `max_epochs`.
       key: consumed.
       config: see `FitConfig`.
+      keyed: whether `loss` takes a key behind the batch, a new one at every step.
 
     Returns:
       A `Fit` with the best weights of every member; unchanged when `train` is empty.
@@ -140,13 +143,13 @@ def fit_members(
     known = held_mask.any() & (error is not None)
     num_batches = jnp.maximum(-(-count // config.batch_size), config.min_batches)
 
-    def train_step(j: Array, carry: Any, order: Array, active: Array) -> Any:
+    def train_step(j: Array, carry: Any, order: Array, active: Array, *noise: Key) -> Any:
         weights, average, opt_state, total = carry
         columns = (j * config.batch_size + jnp.arange(config.batch_size)) % jnp.maximum(count, 1)
         batch = jax.tree.map(lambda x: x[order[:, columns]], data)
 
         def objective(weights: Params) -> tuple[Array, Array]:
-            losses = loss(weights, batch)[0]
+            losses = loss(weights, batch, *(jax.random.fold_in(key, j) for key in noise))[0]
             return losses.sum(), losses.mean()  # a sum keeps the members' gradients apart
 
         grads, mean = jax.grad(objective, has_aux=True)(weights)
@@ -162,12 +165,13 @@ def fit_members(
 
     def epoch(p: Progress) -> Progress:
         shuffle_key, key = jax.random.split(p.key)
+        shuffle_key, *noise = jax.random.split(shuffle_key) if keyed else (shuffle_key,)
         order = _shuffle(shuffle_key, members, count)
         active = p.stale < config.patience
         weights, average, opt_state, total = jax.lax.fori_loop(
             0,
             num_batches,
-            lambda j, carry: train_step(j, carry, order, active),
+            lambda j, carry: train_step(j, carry, order, active, *noise),
             (p.weights, p.average, p.opt_state, jnp.zeros(())),
         )
         current = held_out_error(average)

@@ -86,8 +86,21 @@ def _map_outcome(mdp: MDP, change: Callable[[Outcome], Outcome]) -> MDP:
     return mdp._replace(step=step)
 
 
+def _known(outcome: Outcome, combinator: str) -> Array:
+    if outcome.uncertainty is None:
+        raise ValueError(
+            f"{combinator}: this MDP reports no uncertainty (Outcome.uncertainty is None); "
+            "build the model with uncertainty=True"
+        )
+    return outcome.uncertainty
+
+
 def penalized(mdp: MDP, coef: float | Array) -> MDP:
     """Subtract `coef` standard deviations of epistemic uncertainty from every reward.
+
+    The uncertainty itself is still reported, unchanged. Hence penalties add up, as
+    `penalized(penalized(mdp, a), b)` is `penalized(mdp, a + b)`; and `with_reward` replaces the
+    reward with its penalty: penalize what it returns, where uncertainty counts once.
 
     Reference: MOPO, Yu et al. 2020 (arXiv:2005.13239).
 
@@ -101,12 +114,7 @@ def penalized(mdp: MDP, coef: float | Array) -> MDP:
     """
 
     def change(outcome: Outcome) -> Outcome:
-        if outcome.uncertainty is None:
-            raise ValueError(
-                "penalized: this MDP reports no uncertainty (Outcome.uncertainty is None); "
-                "build the model with uncertainty=True"
-            )
-        return outcome._replace(reward=outcome.reward - coef * outcome.uncertainty)
+        return outcome._replace(reward=outcome.reward - coef * _known(outcome, "penalized"))
 
     return _map_outcome(mdp, change)
 
@@ -117,6 +125,25 @@ def optimistic(mdp: MDP, coef: float | Array) -> MDP:
     Reference: Curi et al. 2020 (arXiv:2006.08684).
     """
     return penalized(mdp, -coef)
+
+
+def with_intrinsic_reward(mdp: MDP) -> MDP:
+    """Replace the reward by the epistemic uncertainty: act in order to learn the model.
+
+    Reference: Plan2Explore, Sekar et al. 2020 (arXiv:2005.05960); with the information gain as the
+    kind of uncertainty OPAX, Sukhija et al. 2023 (arXiv:2306.12371).
+
+    Args:
+      mdp: a model that reports `Outcome.uncertainty`.
+
+    Raises:
+      ValueError: when stepped, if the model was built without uncertainty.
+    """
+
+    def change(outcome: Outcome) -> Outcome:
+        return outcome._replace(reward=_known(outcome, "with_intrinsic_reward"))
+
+    return _map_outcome(mdp, change)
 
 
 def discounted(mdp: MDP, gamma: float | Array) -> MDP:
@@ -130,6 +157,8 @@ def discounted(mdp: MDP, gamma: float | Array) -> MDP:
 
 def with_reward(mdp: MDP, reward: RewardFn) -> MDP:
     """Replace the reward of `mdp` by another source: given, regressed or from preferences.
+
+    A penalty in the reward goes with it.
 
     Args:
       mdp: any decision process.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 from mbrl.types import Array
@@ -62,3 +63,19 @@ def check_within(
             f"{prefix}{name} must be in {ends[0]}{low:g}, {high:g}{right}, got {value}; the "
             f"default is {getattr(type(config), name)}"
         )
+
+
+def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
+    """Refuse a field that is none of `choices`.
+
+    Args:
+      config: a dataclass with a default for every field.
+      name: field.
+      choices: what it may be.
+
+    Raises:
+      ValueError: naming the field, its value and the choices.
+    """
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
+from jax.scipy.special import logsumexp
 
 from mbrl.types import Array
 
 RiskKind = Literal["mean", "lcb", "ucb", "uwo", "cvar", "worst"]
+
+UncertaintyKind = Literal["std", "pairwise", "aleatoric", "jensen_renyi", "information_gain"]
+"""How the predictions of all members become one number, see `member_uncertainty`."""
+
+UncertaintyScale = Literal["reward", "raw"]
+"""Units of an uncertainty, see `reported_uncertainty`."""
 
 
 def risk(values: Array, kind: RiskKind = "mean", coef: Array | float = 1.0) -> Array:
@@ -125,27 +132,88 @@ def total_variance(means: Array, variances: Array) -> Uncertainty:
     return Uncertainty(variances.mean(0), means.var(0))
 
 
-def max_aleatoric(variances: Array) -> Array:
-    """Compute the penalty of MOPO: the largest norm of a member's standard deviations.
+def member_uncertainty(means: Array, variances: Array, kind: UncertaintyKind = "std") -> Array:
+    """Reduce the Gaussian predictions of all members to one number per row.
 
-    Args:
-      variances: [N, B, D] variances of the members.
-
-    Returns:
-      [B] penalty in the units of the prediction.
-
-    Reference: MOPO: Model-based Offline Policy Optimization (arXiv 2005.13239).
-    """
-    return _sqrt(variances.sum(-1)).max(0)
-
-
-def max_deviation(means: Array) -> Array:
-    """Compute the largest distance of a member from the mean of the members.
+    The first three are lengths, in the units of the prediction; the last two are in nats, whatever
+    the units. 'aleatoric' is not epistemic, and above 0 also where all members agree.
 
     Args:
       means: [N, B, D] means of the members.
+      variances: [N, B, D] variances of the members, positive.
+      kind: 'std' = norm of the members' standard deviations around their mean; 'pairwise' = largest
+        distance between the means of two members; 'aleatoric' = largest norm of the standard
+        deviations that a member predicts (MOPO); 'jensen_renyi' = entropy of the mixture less the
+        mean entropy of its members, both quadratic Renyi entropies, which members of unequal
+        variance can make negative: it is cut at 0; 'information_gain' = what an observation would
+        tell about the mean, `sum_d log(1 + epistemic / aleatoric variance)`.
 
     Returns:
-      [B] distance in the units of the prediction.
+      [B] uncertainty, not negative; 0 for one member, except 'aleatoric'.
+
+    Raises:
+      ValueError: for an unknown kind.
+
+    Reference: MOPO (arXiv 2005.13239) for 'aleatoric'; Model-Based Active Exploration (arXiv
+    1810.12162) for 'jensen_renyi'; Optimistic Active Exploration (arXiv 2306.12371) for
+    'information_gain'.
     """
-    return _sqrt(jnp.square(means - means.mean(0)).sum(-1)).max(0)
+    match kind:
+        case "std":
+            return _sqrt(means.var(0).sum(-1))
+        case "pairwise":
+            return _sqrt(jnp.square(means[:, None] - means).sum(-1)).max((0, 1))
+        case "aleatoric":
+            return _sqrt(variances.sum(-1)).max(0)
+        case "jensen_renyi":
+            return _jensen_renyi(means, variances)
+        case "information_gain":
+            return jnp.log1p(means.var(0) / variances.mean(0)).sum(-1)
+    raise ValueError(f"kind: got {kind!r}, expected one of {list(get_args(UncertaintyKind))}")
+
+
+def _jensen_renyi(means: Array, variances: Array) -> Array:
+    # The integral of the product of two Gaussians is the density of one at the mean of the other,
+    # with the sum of their variances. The constant 2 pi cancels in the difference of entropies.
+    num = means.shape[0]
+    both = variances[:, None] + variances
+    log_overlap = -0.5 * (jnp.square(means[:, None] - means) / both + jnp.log(both)).sum(-1)
+    mixture = 2.0 * jnp.log(num) - logsumexp(log_overlap, (0, 1))
+    alone = 0.5 * jnp.log(2.0 * variances).sum(-1).mean(0)
+    return jnp.maximum(mixture - alone, 0.0)
+
+
+def reported_uncertainty(
+    means: Array,
+    variances: Array,
+    spread: Array,
+    kind: UncertaintyKind = "std",
+    scale: UncertaintyScale = "reward",
+) -> Array:
+    """Compute what a model reports as `Outcome.uncertainty`, from all of its members.
+
+    Args:
+      means: [N, B, D + 1] means in standardized target units; the last target is the reward.
+      variances: [N, B, D + 1] variances in the same units.
+      spread: [D + 1] standard deviations of the targets in the data.
+      kind: see `member_uncertainty`.
+      scale: 'reward' = per target, relative to the spread of each, times the spread of the reward:
+        one coefficient of a penalty then means the same in every environment. The lengths are root
+        mean squares over targets, the information gain is a mean. 'raw' = in the units of the
+        observations, as MOPO published it (norms, not per target).
+
+    Returns:
+      [B] uncertainty, in units of reward ('reward') or of the targets ('raw').
+
+    Raises:
+      ValueError: for an unknown kind or scale.
+    """
+    if scale not in get_args(UncertaintyScale):
+        raise ValueError(
+            f"scale: got {scale!r}, expected one of {list(get_args(UncertaintyScale))}"
+        )
+    if scale == "raw":
+        return member_uncertainty(spread * means, jnp.square(spread) * variances, kind)
+    size = means.shape[-1]
+    parts = {"jensen_renyi": 1.0, "information_gain": size}.get(kind, size**0.5)
+    return member_uncertainty(means, variances, kind) / parts * spread[-1]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from mbrl import optim
 from mbrl.fitting import Fit, FitConfig, fit_members
+from mbrl.mdp import RewardFn, penalized, with_intrinsic_reward, with_reward
+from mbrl.models.posterior import PosteriorKind, posterior
 from mbrl.models.probabilistic import ProbabilisticEnsemble, Target, probabilistic_ensemble
-from mbrl.models.propagation import EnsembleState, Propagation
-from mbrl.settings import check_whole, check_within
-from mbrl.types import Array, EnvSpec, Key, Metrics, Network
+from mbrl.models.propagation import EnsembleState, Propagation, Weights
+from mbrl.settings import check_choice, check_whole, check_within
+from mbrl.types import MDP, Array, EnvSpec, Key, Metrics, Network
+from mbrl.uncertainty import UncertaintyKind, UncertaintyScale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +29,15 @@ class EnsembleConfig:
     """
 
     members: int = 5
-    """Networks in the ensemble N (P)."""
+    """Networks in the ensemble N (P), or samples of the posterior."""
+    posterior: PosteriorKind = "ensemble"
+    """What the members are: networks of their own, or samples of one Bayesian network:
+    variational, dropout or laplace."""
+    uncertainty: UncertaintyKind = "std"
+    """How their predictions make the uncertainty of a step: std, pairwise, aleatoric, jensen_renyi
+    or information_gain."""
+    uncertainty_scale: UncertaintyScale = "reward"
+    """Units of it: reward, or raw, those of the observations as published for MOPO."""
     elites: int = 5
     """Members that predict, best on held-out data first (P: all)."""
     hidden: tuple[int, ...] = (128, 128)
@@ -64,6 +77,9 @@ class EnsembleConfig:
             self, "members", "elites", "batch_size", "max_epochs", "patience",
             "termination_epochs",
         )  # fmt: skip
+        check_choice(self, "posterior", get_args(PosteriorKind))
+        check_choice(self, "uncertainty", get_args(UncertaintyKind))
+        check_choice(self, "uncertainty_scale", get_args(UncertaintyScale))
         check_within(self, "nll_beta", 0, 1)
         check_within(self, "learning_rate", 0)
         check_within(self, "weight_decay", 0)
@@ -77,21 +93,74 @@ class EnsembleConfig:
 
 
 class FittedEnsemble(NamedTuple):
-    """An ensemble and the states of its optimizers."""
+    """An ensemble and the states of its optimizers; `posterior` is what is trained where the
+    members are samples, else None.
+    """
 
     model: EnsembleState
     opt_state: optax.OptState
     termination_opt_state: optax.OptState
+    posterior: Weights | None = None
 
 
 def build_ensemble(
     spec: EnvSpec, config: EnsembleConfig, network: Callable[[int], Network] | None = None
 ) -> ProbabilisticEnsemble:
-    """Build the model that `config` describes; arguments as in `probabilistic_ensemble`."""
-    return probabilistic_ensemble(
+    """Build the model that `config` describes; arguments as in `probabilistic_ensemble`.
+
+    Raises:
+      ValueError: for a network of one's own that is to be Bayesian.
+    """
+    model = probabilistic_ensemble(
         spec, config.members, config.hidden, config.targets, config.elites,
         config.learn_bounds, config.nll_beta, network, config.dtype,
     )  # fmt: skip
+    if config.posterior == "ensemble":
+        return model
+    if network is not None:
+        raise ValueError(
+            f"network: got one with posterior={config.posterior!r}, which has to know the layers; "
+            "leave network out, or use posterior='ensemble'"
+        )
+    return model._replace(
+        posterior=posterior(
+            config.posterior, spec, config.members, config.hidden, config.targets,
+            config.learn_bounds, config.nll_beta, config.dtype,
+        )
+    )  # fmt: skip
+
+
+def ensemble_world(
+    model: ProbabilisticEnsemble,
+    config: EnsembleConfig,
+    reward: RewardFn | None = None,
+    penalty: float | Array = 0.0,
+) -> MDP:
+    """Present a model as the `MDP` that `config` describes.
+
+    Args:
+      model: the functions of the ensemble.
+      config: how it propagates, and what it calls uncertainty.
+      reward: in place of the members' own, as in `mbrl.mdp.with_reward`.
+      penalty: per unit of uncertainty, see `mbrl.mdp.penalized`; at 0 none is computed.
+    """
+    uses_penalty = not (isinstance(penalty, float) and penalty == 0.0)
+    mdp = _world(model, config, reward, uses_penalty)
+    return penalized(mdp, penalty) if uses_penalty else mdp
+
+
+def curious_world(
+    model: ProbabilisticEnsemble, config: EnsembleConfig, reward: RewardFn | None = None
+) -> MDP:
+    """As `ensemble_world`, but paid in uncertainty: see `mbrl.mdp.with_intrinsic_reward`."""
+    return with_intrinsic_reward(_world(model, config, reward, True))
+
+
+def _world(
+    model: ProbabilisticEnsemble, config: EnsembleConfig, reward: RewardFn | None, reports: bool
+) -> MDP:
+    mdp = model.mdp(config.propagation, reports, config.uncertainty, config.uncertainty_scale)
+    return mdp if reward is None else with_reward(mdp, reward)
 
 
 def ensemble_optimizer(config: EnsembleConfig) -> optax.GradientTransformation:
@@ -107,10 +176,12 @@ def ensemble_optimizer(config: EnsembleConfig) -> optax.GradientTransformation:
 
 
 def fit_config(config: EnsembleConfig) -> FitConfig:
-    """Return how long members train that are stopped by held-out data."""
-    return FitConfig(
-        config.batch_size, config.max_epochs, config.patience, bootstrap=config.bootstrap
-    )
+    """Return how long members train that are stopped by held-out data.
+
+    A posterior is one of all data: there is nothing to resample.
+    """
+    bootstrap = config.bootstrap and config.posterior == "ensemble"
+    return FitConfig(config.batch_size, config.max_epochs, config.patience, bootstrap=bootstrap)
 
 
 class Fitter(NamedTuple):
@@ -122,13 +193,14 @@ class Fitter(NamedTuple):
 
     def __call__(
         self, part: Any, params: Any, opt_state: Any, rows: Array, key: Key, config: FitConfig,
-        error: Any = None,
+        error: Any = None, keyed: bool = False,
     ) -> tuple[Any, Fit]:  # fmt: skip
         """Return the parameters with fitted weights, and how the fit went."""
         fit = fit_members(
-            lambda weights, rows: part.loss(weights, params, rows),
+            lambda weights, rows, *noise: part.loss(weights, params, rows, *noise),
             error and (lambda weights, rows, mask: error(weights, params, rows, mask)),
             self.optimizer, params.weights, opt_state, self.data, rows, self.held, key, config,
+            keyed,
         )  # fmt: skip
         return params._replace(weights=fit.weights), fit
 
@@ -137,9 +209,13 @@ def init_ensemble(
     model: ProbabilisticEnsemble, optimizer: optax.GradientTransformation, key: Key
 ) -> FittedEnsemble:
     """Draw the weights of a model, and start its optimizers."""
+    trained = None
+    if model.posterior is not None:
+        key, trained_key = jax.random.split(key)
+        trained = model.posterior.init(trained_key)
     state = model.init(key)
-    ending = optimizer.init(state.termination.weights)
-    return FittedEnsemble(state, optimizer.init(state.weights), ending)
+    opt_state = optimizer.init(state.weights if trained is None else trained)
+    return FittedEnsemble(state, opt_state, optimizer.init(state.termination.weights), trained)
 
 
 def fit_ensemble(
@@ -162,19 +238,42 @@ def fit_ensemble(
     """
     train = valid & ~fit.held
     params = model.standardize(state.model, fit.data, valid)
-    params, fitted = fit(
-        model, params, state.opt_state, train, model_key, fit_config(config), model.error
-    )
+    trained = state.posterior
+    if trained is None:
+        params, fitted = fit(
+            model, params, state.opt_state, train, model_key, fit_config(config), model.error
+        )
+        elites = jnp.argsort(fitted.error)[: config.elites]
+    else:
+        ready = state._replace(model=params)
+        params, trained, fitted = _fit_posterior(model, config, ready, fit, train, model_key)
+        elites = jnp.arange(config.elites)  # samples are alike
     ending = model.termination.standardize(params.termination, fit.data, valid)
     ending, ending_fit = fit(
         model.termination, ending, state.termination_opt_state, valid & ending.unexplained,
         ending_key, FitConfig(config.batch_size, config.termination_epochs, bootstrap=False),
     )  # fmt: skip
-    elites = jnp.argsort(fitted.error)[: config.elites]
     params = params._replace(elites=elites, termination=ending)
     metrics = part_metrics("model", fitted.opt_state, fitted.metrics)
     metrics |= part_metrics("termination", ending_fit.opt_state, ending_fit.metrics)
-    return FittedEnsemble(params, fitted.opt_state, ending_fit.opt_state), metrics
+    return FittedEnsemble(params, fitted.opt_state, ending_fit.opt_state, trained), metrics
+
+
+def _fit_posterior(
+    model: ProbabilisticEnsemble, config: EnsembleConfig, state: FittedEnsemble, fit: Fitter,
+    train: Array, key: Key,
+) -> tuple[EnsembleState, Weights, Fit]:  # fmt: skip
+    """Fit a Bayesian network, and let samples of it be the members until the next fit."""
+    fit_key, sample_key = jax.random.split(key)
+    law = model.posterior
+    law = law._replace(loss=partial(law.loss, num_rows=train.sum()))
+    params = state.model._replace(weights=state.posterior)
+    params, fitted = fit(
+        law, params, state.opt_state, train, fit_key, fit_config(config), law.error, keyed=True
+    )
+    trained = params.weights
+    members = law.sample(trained, params, fit.data, train, sample_key)
+    return params._replace(weights=members), trained, fitted
 
 
 def part_metrics(part: str, opt_state: Any, metrics: Metrics) -> Metrics:

@@ -11,9 +11,11 @@ import numpy as np
 
 from mbrl import normalization, spaces
 from mbrl.losses.regression import bounded_variance, gaussian_nll
+from mbrl.models.hallucination import hallucinated_mdp
 from mbrl.models.propagation import (
     EnsembleState,
     Heads,
+    Measure,
     Prediction,
     Propagation,
     Weights,
@@ -30,6 +32,13 @@ from mbrl.types import (
     Metrics,
     Network,
     Transition,
+)
+from mbrl.uncertainty import (
+    Uncertainty,
+    UncertaintyKind,
+    UncertaintyScale,
+    reported_uncertainty,
+    total_variance,
 )
 
 Target = Literal["delta", "absolute", "angle"]
@@ -49,8 +58,12 @@ class ProbabilisticEnsemble(NamedTuple):
         resets) cannot dominate.
       predict: `(state, obs, action [B, ...]) -> Prediction` with a leading [N].
       survival: `(state, next_obs [B, ...]) -> [N, B]` probability of not terminating there.
-      mdp: `(propagation, uncertainty) -> MDP` whose parameters are `EnsembleState`.
+      mdp: `(propagation, uncertainty, kind, scale) -> MDP` whose parameters are `EnsembleState`;
+        `uncertainty` says whether it is reported, `kind` and `scale` how, see `mbrl.uncertainty`.
+      hallucinated: `(beta) -> MDP`, see `mbrl.models.hallucination`.
       termination: the model behind `EnsembleState.termination`, to be fitted on its own.
+      posterior: the `mbrl.models.posterior.Posterior` that the members are samples of, fitted in
+        place of `loss`; None where each of them is fitted on its own.
     """
 
     init: Callable[[Key], EnsembleState]
@@ -60,7 +73,31 @@ class ProbabilisticEnsemble(NamedTuple):
     predict: Callable[[EnsembleState, Any, Array], Prediction]
     survival: Callable[[EnsembleState, Any], Array]
     mdp: Callable[..., MDP]
+    hallucinated: Callable[[float | Array], MDP]
     termination: TerminationModel
+    posterior: Any = None
+
+
+def predicted_variance(state: EnsembleState, out: Prediction) -> Uncertainty:
+    """Split the variance of a prediction into noise and ignorance, in the units of the task.
+
+    Args:
+      state: parameters of the model that predicted.
+      out: what `ProbabilisticEnsemble.predict` returns, [N, B, D + 1].
+
+    Returns:
+      `Uncertainty` of [B, D + 1]: variances of the next observation, and last of the reward.
+    """
+    spread = state.targets.std
+    return total_variance(spread * out.mean, jnp.square(spread) * out.var)
+
+
+def _measure(kind: UncertaintyKind, scale: UncertaintyScale) -> Measure:
+    def measure(state: EnsembleState, members: Prediction) -> Array:
+        spread = state.targets.std
+        return reported_uncertainty(members.mean, members.var, spread, kind, scale)
+
+    return measure
 
 
 def wrap_angle(x: Array) -> Array:
@@ -239,9 +276,19 @@ def probabilistic_ensemble(
 
     heads = Heads(codec.features, forward, decode, termination.survival)
 
-    def mdp(propagation: Propagation = "ts1", uncertainty: bool = True) -> MDP:
-        return ensemble_mdp(spec, heads, num_members, num_elites, propagation, uncertainty)
+    def mdp(
+        propagation: Propagation = "ts1",
+        uncertainty: bool = True,
+        kind: UncertaintyKind = "std",
+        scale: UncertaintyScale = "reward",
+    ) -> MDP:
+        report = _measure(kind, scale) if uncertainty else None
+        return ensemble_mdp(spec, heads, num_members, num_elites, propagation, report)
+
+    def hallucinated(beta: float | Array) -> MDP:
+        report = _measure("std", "reward")
+        return hallucinated_mdp(spec, heads, num_members, num_elites, beta, report)
 
     return ProbabilisticEnsemble(
-        init, standardize, loss, error, predict, survival, mdp, termination
+        init, standardize, loss, error, predict, survival, mdp, hallucinated, termination
     )

@@ -12,8 +12,7 @@ import numpy as np
 from mbrl import spaces
 from mbrl.models.termination import TerminationState
 from mbrl.normalization import Moments
-from mbrl.types import MDP, Array, EnvSpec, Key, Outcome, Params
-from mbrl.uncertainty import member_disagreement
+from mbrl.types import MDP, Array, EnvSpec, Key, Outcome, Params, StepFn
 
 Propagation = Literal["ts1", "tsinf", "mean", "moment_matching"]
 
@@ -52,6 +51,9 @@ class Prediction(NamedTuple):
     mean: Array
     var: Array
 
+
+Measure = Callable[[EnsembleState, Prediction], Array]
+"""`(state, predictions of all members [N, R, D + 1]) -> [R]`, what is reported as uncertainty."""
 
 Step = tuple[Array, Array, Array]
 """Next flat observation [R, D], reward [R] and survival probability [R]."""
@@ -122,7 +124,7 @@ def ensemble_mdp(
     num_members: int,
     num_elites: int,
     propagation: Propagation,
-    uncertainty: bool,
+    uncertainty: Measure | None,
 ) -> MDP:
     """Present an ensemble as an `MDP` over flattened observations.
 
@@ -139,8 +141,8 @@ def ensemble_mdp(
       num_members: N.
       num_elites: M, how many members predict.
       propagation: how rows choose members.
-      uncertainty: report the disagreement of all members as `Outcome.uncertainty`; it
-        costs one evaluation of every member per row.
+      uncertainty: what is reported as `Outcome.uncertainty`, of all members and not of the elites
+        alone; it costs one evaluation of every member per row. None = nothing.
 
     Raises:
       ValueError: for an unknown propagation.
@@ -149,6 +151,50 @@ def ensemble_mdp(
         raise ValueError(
             f"propagation: got {propagation!r}, expected ts1, tsinf, mean or moment_matching"
         )
+
+    def elites(state: EnsembleState, tree: Any) -> Any:
+        return take_elites(state, tree, num_elites, num_members)
+
+    def sampled(state: EnsembleState, key: Key, flat: Array, x: Array) -> Step:
+        """One member per row."""
+        deal_key, noise_key = jax.random.split(key)
+        weights, ending = elites(state, (state.weights, state.termination.weights))
+
+        def advance(rows: tuple[Array, Array]) -> Step:
+            flat, x = rows
+            out = heads.forward(weights, state.inputs, x)
+            target = perturb(noise_key, out.mean, jnp.sqrt(out.var))
+            flat, reward = heads.decode(state, flat, target)
+            return flat, reward, heads.survival(state.termination, ending, flat)
+
+        deal = deal_key if propagation == "ts1" else None
+        return by_blocks(deal, num_elites, (flat, x), advance)
+
+    def mixture(state: EnsembleState, key: Key, flat: Array, members: Prediction) -> Step:
+        """All members per row."""
+        out = elites(state, members)
+        target = out.mean.mean(0)
+        if propagation == "moment_matching":
+            target = perturb(key, target, jnp.sqrt(out.var.mean(0) + out.mean.var(0)))
+        flat, reward = heads.decode(state, flat, target)
+        ending = elites(state, state.termination.weights)
+        return flat, reward, mean_survival(heads, state, ending, flat)
+
+    def step(state: EnsembleState, key: Key, flat: Array, action: Array) -> tuple[Array, Outcome]:
+        x = heads.features(flat, action)
+        alone = propagation in ("ts1", "tsinf")
+        if alone and uncertainty is None:
+            return _outcome(*sampled(state, key, flat, x), None)
+        everyone = jnp.broadcast_to(x, (num_members, *x.shape))
+        members = heads.forward(state.weights, state.inputs, everyone)
+        out = sampled(state, key, flat, x) if alone else mixture(state, key, flat, members)
+        return _outcome(*out, None if uncertainty is None else uncertainty(state, members))
+
+    return flat_mdp(step, spec)
+
+
+def flat_mdp(step: StepFn, spec: EnvSpec) -> MDP:
+    """Complete a step over flattened observations [B, D] to an `MDP`."""
 
     def init(state: EnsembleState, key: Key, obs: Any = None, batch: int = 1) -> Array:
         del state, key, batch
@@ -165,52 +211,25 @@ def ensemble_mdp(
             )
         return flat
 
-    def elites(state: EnsembleState, tree: Any) -> Any:
-        if num_elites == num_members:
-            return tree
-        return jax.tree.map(lambda x: x[state.elites], tree)
-
-    def sampled(state: EnsembleState, key: Key, flat: Array, x: Array) -> Step:
-        """One member per row."""
-        deal_key, noise_key = jax.random.split(key)
-        weights, ending = elites(state, (state.weights, state.termination.weights))
-
-        def advance(rows: tuple[Array, Array]) -> Step:
-            flat, x = rows
-            out = heads.forward(weights, state.inputs, x)
-            target = _perturb(noise_key, out.mean, jnp.sqrt(out.var))
-            flat, reward = heads.decode(state, flat, target)
-            return flat, reward, heads.survival(state.termination, ending, flat)
-
-        deal = deal_key if propagation == "ts1" else None
-        return by_blocks(deal, num_elites, (flat, x), advance)
-
-    def mixture(state: EnsembleState, key: Key, flat: Array, members: Prediction) -> Step:
-        """All members per row."""
-        out = elites(state, members)
-        target = out.mean.mean(0)
-        if propagation == "moment_matching":
-            target = _perturb(key, target, jnp.sqrt(out.var.mean(0) + out.mean.var(0)))
-        flat, reward = heads.decode(state, flat, target)
-        ending = elites(state, state.termination.weights)
-        rows = jnp.broadcast_to(flat, (num_elites, *flat.shape))
-        return flat, reward, heads.survival(state.termination, ending, rows).mean(0)
-
-    def step(state: EnsembleState, key: Key, flat: Array, action: Array) -> tuple[Array, Outcome]:
-        x = heads.features(flat, action)
-        alone = propagation in ("ts1", "tsinf")
-        if alone and not uncertainty:
-            return _outcome(*sampled(state, key, flat, x), None)
-        everyone = jnp.broadcast_to(x, (num_members, *x.shape))
-        members = heads.forward(state.weights, state.inputs, everyone)
-        out = sampled(state, key, flat, x) if alone else mixture(state, key, flat, members)
-        return _outcome(*out, _disagreement(state, members) if uncertainty else None)
-
     def observe(state: EnsembleState, flat: Array) -> Any:
         del state
         return spaces.unflatten(spec.observation, flat)
 
     return MDP(init, step, observe, spec)
+
+
+def take_elites(state: EnsembleState, tree: Any, num_elites: int, num_members: int) -> Any:
+    """Select the members that predict, from leaves [N, ...]."""
+    if num_elites == num_members:
+        return tree
+    return jax.tree.map(lambda x: x[state.elites], tree)
+
+
+def mean_survival(heads: Heads, state: EnsembleState, ending: Params, flat: Array) -> Array:
+    """Return the mean over members `ending` of the chance that an episode goes on, [R]."""
+    num = jax.tree.leaves(ending)[0].shape[0]
+    rows = jnp.broadcast_to(flat, (num, *flat.shape))
+    return heads.survival(state.termination, ending, rows).mean(0)
 
 
 def _outcome(
@@ -219,19 +238,9 @@ def _outcome(
     return flat, Outcome(reward, survival, uncertainty)
 
 
-def _perturb(key: Key, mean: Array, std: Array) -> Array:
+def perturb(key: Key, mean: Array, std: Array) -> Array:
     """Add noise to the observation part of targets [..., D + 1]; the reward stays a mean."""
     noise = jax.random.normal(key, (*mean.shape[:-1], mean.shape[-1] - 1))
     noise = jnp.concatenate([noise, jnp.zeros_like(mean[..., :1])], -1)
     # Planners map this over plans that share the noise: XLA must not draw it for each.
     return mean + std * jax.lax.optimization_barrier(noise)
-
-
-def _disagreement(state: EnsembleState, members: Prediction) -> Array:
-    """Return [R] root-mean-square member deviation, in units of reward.
-
-    Relative to the spread of each target in the data, times the spread of the reward, so
-    that one coefficient means the same in every environment.
-    """
-    relative = jnp.sqrt(jnp.mean(member_disagreement(members.mean) ** 2, -1))
-    return relative * state.targets.std[-1]

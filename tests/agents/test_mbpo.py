@@ -97,6 +97,44 @@ def ring(edge: float = 0.6) -> Any:
     return learner, replay.sample(learner.ring, KEY, make_mbpo(SPEC, TINY).sampling)
 
 
+def test_an_explorer_learns_from_imagined_disagreement_and_acts_while_exploring(monkeypatch):
+    agent = make_mbpo(SPEC, dataclasses.replace(TINY, explore="disagreement"))
+    state, batch = jax.jit(agent.init)(KEY), ring()[1]
+    worlds, ratios = [], []
+
+    def branches(mdp: Any, *rest: Any) -> Any:
+        worlds.append(mdp)
+        return imagined(mdp, *rest)
+
+    def mixed(*rest: Any) -> Any:
+        ratios.append(rest[-1])
+        return draw(*rest)
+
+    imagined, draw = mbpo.branches, mbpo.mixed
+    monkeypatch.setattr(mbpo, "branches", branches)
+    monkeypatch.setattr(mbpo, "mixed", mixed)
+    metrics = jax.eval_shape(agent.update, state, batch, KEY)[1]
+    assert ratios == [TINY.real_ratio, 0.0]
+    assert "explorer/reward" in metrics
+    model, obs, action = state.ensemble.model, jnp.ones((6, 2)), jnp.ones((6, 1))
+    plain, curious = (jax.jit(world.step)(model, KEY, obs, action)[1] for world in worlds)
+    assert plain.uncertainty is None
+    np.testing.assert_array_equal(curious.reward, curious.uncertainty)
+    assert np.all(curious.reward > 0)
+
+    other = state._replace(sac=state.explorer, explorer=state.sac)
+    first = jnp.ones(6, bool)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def act(state: Any, mode: Any) -> Any:
+        return agent.act(state, (), obs, first, KEY, mode)[0]
+
+    for mode, mine in (("greedy", "sac"), ("explore", "explorer")):
+        same = state._replace(**{name: getattr(state, mine) for name in ("sac", "explorer")})
+        np.testing.assert_array_equal(act(state, mode), act(same, mode))
+        assert np.any(act(state, mode) != act(other, mode))
+
+
 def test_branches_begin_where_episodes_go_on_and_a_share_of_what_is_learned_is_real(monkeypatch):
     learner, batch = ring()
     kept: dict[str, Any] = {}

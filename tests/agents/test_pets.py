@@ -264,6 +264,69 @@ def test_plans_end_where_the_least_of_the_learned_values_is_high():
     assert -0.5 < action(1.0, -1.0) < action(1.0, 1.0)
 
 
+def undecided() -> dict[str, Any]:
+    """Two members that move the first coordinate apart by as much as the action is large.
+
+    The reward costs the action and is high where the first coordinate is: on average there is
+    nothing to gain by acting.
+    """
+    matrix, shift = np.zeros((2, 3, 6), np.float32), np.zeros((2, 6), np.float32)
+    for member, sign in enumerate((1.0, -1.0)):
+        matrix[member, 2, 0], shift[member, 0] = sign, sign * np.tanh(1.0)
+        matrix[member, :, 2] = [3.0, 0.0, -0.3]
+    shift[:, 3:] = -50.0  # log-variances: no noise
+    return {"matrix": jnp.asarray(matrix), "shift": jnp.asarray(shift)}
+
+
+@pytest.mark.parametrize(
+    ("explore", "active"), [("reward", False), ("disagreement", True), ("hallucinated", True)]
+)
+def test_what_is_explored_for_is_not_what_evaluation_plans_for(explore, active):
+    search = dataclasses.replace(TINY.planner, population=48, iterations=3, elites=6)
+    config = dataclasses.replace(TINY, explore=explore, optimism=2.0, planner=search)
+    agent = make_pets(PUSH, config, network=raw)
+    state = jax.jit(agent.init)(jax.random.key(1))
+    weights = state.model.weights._replace(network=undecided())
+    state = state._replace(model=state.model._replace(weights=weights))
+    obs, first = jnp.zeros((1, 2)), jnp.ones(1, bool)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def act(mode: Any, key: Any) -> Any:
+        return agent.act(state, agent.begin(1), obs, first, key, mode)[:2]
+
+    action, carry = act("explore", jax.random.key(2))
+    assert action.shape == (1, 1)
+    assert -1.0 <= float(action[0, 0]) <= 3.0
+    assert (float(action[0, 0]) > 1.5) == active
+    assert jax.tree.structure(carry) == jax.tree.structure(agent.begin(1))
+    assert float(act("greedy", jax.random.key(3))[0][0, 0]) < 0.5
+
+
+def test_a_given_reward_is_asked_about_what_is_executed():
+    def reward(obs: Any, action: Any, next_obs: Any) -> Any:
+        assert action.shape[1:] == (1,), "the choice of a model is no action"
+        return action[:, 0]
+
+    config = dataclasses.replace(TINY, explore="hallucinated")
+    agent = make_pets(PUSH, config, reward_fn=reward)
+    state = jax.eval_shape(agent.init, jax.random.key(0))
+    rest = agent.begin(1), jnp.zeros((1, 2)), jnp.ones(1, bool), jax.random.key(1)
+    action = jax.eval_shape(functools.partial(agent.act, mode="explore"), state, *rest)[0]
+    assert action.shape == (1, 1)
+
+
+def test_members_may_be_samples_of_a_posterior_that_goes_on_learning():
+    agent = make_pets(PUSH, dataclasses.replace(TINY, posterior="variational", members=3))
+    before, after, metrics = trained(agent, batch_of(PUSH))
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert distance(before.posterior, after.posterior) > 1e-4
+    samples = after.model.weights.network["Dense_1"]["kernel"]
+    assert samples.shape[0] == 3 and np.any(samples[0] != samples[1])
+    bad = jax.jit(agent.update)(after, poisoned(batch_of(PUSH), 5), jax.random.key(4))[0]
+    assert distance(bad.posterior, after.posterior) == 0.0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad.model.weights))
+
+
 def test_dict_and_discrete_observations_with_discrete_actions():
     space = {"place": Discrete(4), "speed": spaces.box(-1.0, 1.0, (2,))}
     spec = EnvSpec("mixed", space, Discrete(3), 10)
@@ -345,6 +408,8 @@ def test_refuses_images():
         ({"train_every": 0}, "train_every"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"clip_norm": 0.0}, "clip_norm"),
+        ({"explore": "novelty"}, "explore must be one of reward, .* got 'novelty'"),
+        ({"optimism": -1.0}, "optimism"),
         ({"value_rounds": 4}, r"planner.discount must be below 1 .* got 1.0 with value_rounds=4"),
         ({"targets": ("delta", "angle", "delta")}, "each of the 2 dimensions"),
     ],

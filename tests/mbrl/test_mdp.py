@@ -61,6 +61,34 @@ def test_penalty_without_uncertainty_is_refused_not_ignored():
         mdps.penalized(counter(uncertainty=None), 1.0).step(None, KEY, STATE, ONE)
 
 
+def test_penalties_add_up_and_the_uncertainty_stays_what_it_is():
+    base = counter().step(None, KEY, STATE, ONE)[1]
+    once = mdps.penalized(counter(), 1.5).step(None, KEY, STATE, ONE)[1]
+    nested = mdps.penalized(mdps.penalized(counter(), 1.0), 0.5).step(None, KEY, STATE, ONE)[1]
+    for outcome in (once, nested):
+        np.testing.assert_allclose(outcome.reward, base.reward - 1.5 * 0.5)
+        np.testing.assert_allclose(outcome.uncertainty, base.uncertainty)
+
+
+def test_another_reward_takes_the_penalty_with_it_so_that_none_counts_twice():
+    def reward(params, obs, action, next_obs):
+        return next_obs[:, 0], jnp.full(2, 1.2)
+
+    params, spread = mdps.SplitParams(None, None), 1.3
+    for inner in (counter(), mdps.penalized(counter(), 2.0)):
+        outer = mdps.penalized(mdps.with_reward(inner, reward), 3.0)
+        outcome = outer.step(params, KEY, STATE, ONE)[1]
+        np.testing.assert_allclose(outcome.reward, np.array([1.0, 2.0]) - 3.0 * spread)
+        np.testing.assert_allclose(outcome.uncertainty, spread)
+
+
+def test_the_intrinsic_reward_is_the_uncertainty_alone():
+    outcome = mdps.with_intrinsic_reward(counter()).step(None, KEY, STATE, ONE)[1]
+    np.testing.assert_allclose(outcome.reward, 0.5)
+    with pytest.raises(ValueError, match="with_intrinsic_reward.*reports no uncertainty"):
+        mdps.with_intrinsic_reward(counter(uncertainty=None)).step(None, KEY, STATE, ONE)
+
+
 def test_penalty_coefficient_may_be_traced_and_vmapped():
     def reward(coef):
         return mdps.penalized(counter(), coef).step(None, KEY, STATE, ONE)[1].reward

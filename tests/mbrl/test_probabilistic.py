@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,14 @@ import pytest
 
 from mbrl import optim, spaces
 from mbrl.fitting import FitConfig, bootstrap_rows, fit_members, select_members
-from mbrl.models.probabilistic import probabilistic_ensemble, wrap_angle
+from mbrl.models.probabilistic import (
+    predicted_variance,
+    probabilistic_ensemble,
+    wrap_angle,
+)
 from mbrl.models.propagation import by_blocks
-from mbrl.types import EnvSpec, Transition
+from mbrl.types import Array, EnvSpec, Transition
+from mbrl.uncertainty import UncertaintyKind, reported_uncertainty
 
 SPEC = EnvSpec("toy", spaces.box(-np.inf, np.inf, (2,)), spaces.box(-2.0, 2.0, (1,)))
 NOISE = 0.05
@@ -78,6 +83,9 @@ def test_learns_dynamics_reward_noise_and_termination():
     std = np.sqrt(np.asarray(out.var)) * np.asarray(state.targets.std)
     assert abs(np.median(std[..., 0]) / NOISE - 1.0) < 0.25  # learned aleatoric noise
     assert np.median(std[..., 1]) < 0.01  # and none where there is none
+    split = predicted_variance(state, out)
+    np.testing.assert_allclose(split.aleatoric, np.mean(std**2, 0), rtol=1e-4)
+    np.testing.assert_allclose(split.epistemic, mean.var(0), rtol=1e-2, atol=1e-7)
     reward_error = np.abs(mean[..., 2].mean(0) + (test.obs[:, 0] + want[:, 0]) ** 2 + NOISE**2)
     assert np.mean(reward_error) < 0.02
 
@@ -102,23 +110,46 @@ def test_every_propagation_predicts_the_mean_and_its_own_spread(propagation):
 
 
 def test_uncertainty_grows_off_the_data_and_does_not_depend_on_units():
-    def disagreement(scale: float) -> np.ndarray:
+    def disagreement(scale: float) -> Any:
         data = toy_data(500, scale=scale)
         obs = scale * jnp.array([[0.0, 0.0], [8.0, -8.0]])
-        return np.asarray(spread(data, obs))
+        return spread(data, obs)
+
+    def steps(model: Any, state: Any, obs: Array) -> Any:
+        rest = state, jax.random.key(1), obs, jnp.zeros((2, 1))
+        mdps = [model.mdp("mean", True, kind) for kind in get_args(UncertaintyKind)]
+        return [mdp.step(*rest)[1].uncertainty for mdp in mdps]
 
     @jax.jit
     def spread(data, obs):
         model = probabilistic_ensemble(SPEC, 3, (32,))
         state = model.standardize(model.init(jax.random.key(0)), data, jnp.ones(500, bool))
-        step = model.mdp("mean").step(state, jax.random.key(1), obs, jnp.zeros((2, 1)))
-        return step[1].uncertainty
+        return steps(model, state, obs)
 
-    np.testing.assert_allclose(disagreement(1.0), disagreement(1000.0), rtol=1e-3)
+    for one, other in zip(disagreement(1.0), disagreement(1000.0), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3)
     model, state, _ = fitted()
     obs = jnp.array([[0.0, 0.0], [8.0, -8.0]])
-    u = jax.jit(model.mdp().step)(state, jax.random.key(1), obs, jnp.zeros((2, 1)))[1].uncertainty
-    assert u[1] > 10 * u[0] > 0
+    found = jax.jit(functools.partial(steps, model))(state, obs)
+    growth = {k: float(u[1] / u[0]) for k, u in zip(get_args(UncertaintyKind), found, strict=True)}
+    assert min(growth[kind] for kind in ("std", "pairwise", "information_gain")) > 10
+    assert growth["jensen_renyi"] > 2  # it is bounded
+
+
+@pytest.mark.parametrize("world", ["ts1", "mean", "hallucinated"])
+def test_all_members_count_in_the_uncertainty_and_not_the_elites_alone(world):
+    model = probabilistic_ensemble(SPEC, 3, (4,), num_elites=1)
+    state = jax.jit(model.init)(jax.random.key(0))
+    obs, action = jnp.array([[0.3, -0.2]]), jnp.array([[0.5]])
+    if world == "hallucinated":
+        mdp, kind, action = model.hallucinated(0.0), "std", jnp.array([[0.5, 0.0, 0.0]])
+    else:
+        mdp, kind = model.mdp(world, True, "pairwise"), "pairwise"
+    found = jax.jit(mdp.step)(state, jax.random.key(1), obs, action)[1].uncertainty
+    everyone = jax.jit(model.predict)(state, obs, action[:, :1])
+    want = reported_uncertainty(*everyone, state.targets.std, kind)
+    assert want[0] > 1e-3
+    np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 15, 100, 101])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import functools
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,6 @@ def test_disagreement_is_the_std_over_members() -> None:
 def test_a_prediction_that_is_not_a_number_never_looks_certain() -> None:
     means = jnp.array([[[jnp.nan, 1.0]], [[2.0, 1.0]]])
     np.testing.assert_array_equal(np.isnan(unc.member_disagreement(means)), [[True, False]])
-    assert np.isnan(unc.max_deviation(means)[0])
 
 
 def test_total_variance_is_the_variance_of_the_mixture() -> None:
@@ -108,9 +108,60 @@ def test_total_variance_is_the_variance_of_the_mixture() -> None:
     np.testing.assert_array_equal(agreeing.epistemic, 0.0)
 
 
-def test_mopo_penalties_by_hand() -> None:
-    variances = jnp.array([[[9.0, 16.0]], [[1.0, 1.0]]])
-    np.testing.assert_allclose(unc.max_aleatoric(variances), [5.0])
-    means = jnp.array([[[0.0, 0.0]], [[0.0, 0.0]], [[9.0, 12.0]]])  # their mean is (3, 4)
-    np.testing.assert_allclose(unc.max_deviation(means), [10.0])
-    np.testing.assert_array_equal(unc.max_deviation(means[:1]), [0.0])
+MEANS = jnp.array([[[0.0, 0.0]], [[3.0, 4.0]]])
+VARIANCES = jnp.array([[[9.0, 16.0]], [[1.0, 1.0]]])
+
+
+def test_kinds_of_uncertainty_by_hand() -> None:
+    gain = np.log(1 + 2.25 / 5.0) + np.log(1 + 4.0 / 8.5)
+    for kind, expected in [
+        ("std", 2.5), ("pairwise", 5.0), ("aleatoric", 5.0), ("information_gain", gain),
+    ]:  # fmt: skip
+        np.testing.assert_allclose(unc.member_uncertainty(MEANS, VARIANCES, kind), [expected])
+
+
+def test_jensen_renyi_is_the_integral_over_squared_densities() -> None:
+    x = np.linspace(-40.0, 40.0, 200_001)
+    mean, std = np.array([-1.0, 0.5, 3.0])[:, None], np.array([1.0, 1.2, 0.9])[:, None]
+    density = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
+    entropy = -np.log(np.trapezoid(np.vstack([density.mean(0), density]) ** 2, x, axis=1))
+    found = unc.member_uncertainty(mean[:, None], std[:, None] ** 2, "jensen_renyi")
+    np.testing.assert_allclose(found, entropy[0] - entropy[1:].mean(), rtol=1e-4)
+    apart = 1e3 * jnp.arange(3.0)[:, None, None]
+    far = unc.member_uncertainty(apart, jnp.ones((3, 1, 1)), "jensen_renyi")
+    np.testing.assert_allclose(far, np.log(3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", get_args(unc.UncertaintyKind))
+def test_members_that_agree_are_certain_and_nothing_that_is_not_a_number_is(kind: Any) -> None:
+    same = jnp.ones((3, 2, 2))
+    sure = unc.member_uncertainty(same, same, kind)
+    np.testing.assert_allclose(sure, 2.0**0.5 if kind == "aleatoric" else 0.0, atol=1e-6)
+    slopes = jax.grad(lambda m: unc.member_uncertainty(m, same, kind).sum())(same)
+    assert np.all(np.isfinite(slopes))
+    bad = (same, same.at[0, 0, 0].set(jnp.nan))
+    means, variances = bad if kind == "aleatoric" else bad[::-1]
+    np.testing.assert_array_equal(
+        np.isnan(unc.member_uncertainty(means, variances, kind)), [True, False]
+    )
+
+
+def test_reported_uncertainty_is_in_units_of_reward_or_as_published() -> None:
+    spread = jnp.array([2.0, 10.0])
+    report = functools.partial(unc.reported_uncertainty, MEANS, VARIANCES, spread)
+    np.testing.assert_allclose(report("std"), 10.0 * np.sqrt((2.25 + 4.0) / 2), rtol=1e-6)
+    np.testing.assert_allclose(report("pairwise", "raw"), np.hypot(6.0, 40.0), rtol=1e-6)
+    np.testing.assert_allclose(report("aleatoric", "raw"), np.hypot(6.0, 40.0), rtol=1e-6)
+    for kind in get_args(unc.UncertaintyKind):
+        value = report(kind)
+        # Another target that behaves as the rest does not count twice, nor do the units of one.
+        means, variances = (jnp.tile(x, (1, 1, 2)) for x in (MEANS, VARIANCES))
+        twice = unc.reported_uncertainty(means, variances, jnp.tile(spread, 2), kind)
+        units = unc.reported_uncertainty(MEANS, VARIANCES, jnp.array([2e3, 10.0]), kind)
+        np.testing.assert_allclose(units, value)
+        if kind != "jensen_renyi":  # whose bound is log N
+            np.testing.assert_allclose(twice, value, rtol=1e-5)
+    with pytest.raises(ValueError, match="kind: got 'variance'"):
+        report("variance")
+    with pytest.raises(ValueError, match="scale: got 'meters'"):
+        report("std", "meters")
