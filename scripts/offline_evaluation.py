@@ -4,8 +4,8 @@
     --figure docs/offline_evaluation.png
 
 The policies are those of one run of SAC at equal distances, the data is what that run has recorded,
-the model the ensemble that PETS plans with. Every member predicts by itself; what they disagree
-about is the band.
+the model the ensemble that PETS plans with. Every member predicts by itself, from the same starts as in the task;
+what they disagree about is the band.
 
 Reference: Fu et al. 2021 (arXiv:2103.16596).
 """
@@ -35,7 +35,7 @@ from agents.sac import make_sac
 from mbrl.models.fitted_ensemble import build_ensemble
 from mbrl.training import run_directory
 from mbrl.training.device import run_device
-from mbrl.training.evaluation import evaluate_device, evaluate_in_model
+from mbrl.training.evaluation import evaluate_in_model
 from mbrl.training.learner import DriverConfig, seed_keys
 from mbrl.training.offline import run_offline
 from mbrl.training.recorded import in_order
@@ -61,7 +61,7 @@ class OfflineEvaluationConfig:
     seed: int = 1
     """Of SAC and of the model."""
     starts: int = 20
-    """Episodes per policy, in the task and with every member of the model."""
+    """Recorded starts of episodes per policy, in the task and with every member of the model."""
 
 
 def main(argv: list[str]) -> int:
@@ -70,14 +70,15 @@ def main(argv: list[str]) -> int:
     began = time.process_time()
     env = envs.make(config.env)
     assert isinstance(env, MDP)
-    real, predicted = study(config, env)
+    steps, real, predicted = study(config, env)
     versions = run_directory.versions()
     written = {
         "command": "python scripts/offline_evaluation.py",
         "config": dataclasses.asdict(config) | {"out": "", "figure": ""},
         "processor_seconds": round(time.process_time() - began), **results.origin(versions),
         "commit": versions.get("commit", "unknown"), "date": time.strftime("%Y-%m-%d"),
-        "cores": len(os.sched_getaffinity(0)), **summary(config, real, predicted),
+        "cores": len(os.sched_getaffinity(0)), "steps": steps,
+        **summary(real, predicted),
     }  # fmt: skip
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
@@ -87,28 +88,33 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def study(config: OfflineEvaluationConfig, env: MDP) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the policies earn [P, episodes], and what N members predict [P, N, episodes]."""
+def study(config: OfflineEvaluationConfig, env: MDP) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Train, and judge P policies from M recorded starts.
+
+    Returns:
+      Their steps, what they earn [P, M], and what N members predict [P, N, M].
+    """
     settings = preset("sac", config.env)
 
     def sac(hyper: Any) -> Any:
         return make_sac(env.spec, dataclasses.replace(settings, **hyper))
 
     driver = DriverConfig(config.steps, seeds=(config.seed,), interval=config.every)
-    states, ring = [], None
+    steps, states, ring = [], [], None
     for found in run_device(sac, env, driver):
+        steps.append(found.step)
         states.append(jax.tree.map(jnp.copy, found.learner.agent))
         ring = jax.tree.map(lambda x: np.asarray(x[0]), found.learner.ring)
     assert ring is not None
     policies = jax.tree.map(lambda *x: jnp.concatenate(x), *states)
     keys = seed_keys((config.seed + 1_000_003,) * len(states))
-    real = evaluate_device(sac, policies, env, keys, config.starts)
     record = in_order(ring)._replace(extras=())
     model, params, members = fitted(config, env, record)
     starts = jax.tree.map(lambda x: x[record.is_first], record.obs)
     rows = np.random.default_rng(config.seed).integers(record.is_first.sum(), size=config.starts)
     starts = jax.tree.map(lambda x: x[rows], starts)
-    return real, evaluate_in_model(sac, policies, model, params, keys, starts, members)
+    real = evaluate_in_model(sac, policies, env, None, keys, starts)[:, 0]
+    return steps, real, evaluate_in_model(sac, policies, model, params, keys, starts, members)
 
 
 def fitted(config: OfflineEvaluationConfig, env: MDP, record: Record) -> tuple[MDP, Any, int]:
@@ -124,20 +130,17 @@ def fitted(config: OfflineEvaluationConfig, env: MDP, record: Record) -> tuple[M
     return model, params, settings.elites
 
 
-def summary(
-    config: OfflineEvaluationConfig, real: np.ndarray, predicted: np.ndarray
-) -> dict[str, Any]:
-    """Compare returns [P, episodes] with those that members predict [P, N, episodes]."""
+def summary(real: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    """Compare returns [P, M] with those that members predict [P, N, M]."""
     members, mean = predicted.mean(2), real.mean(1)
-    error = real.std(1) / real.shape[1] ** 0.5
-    low, high = members.min(1) - 2 * error, members.max(1) + 2 * error
+    between = (mean >= members.min(1)) & (mean <= members.max(1))
     return {
-        "steps": [config.every * (i + 1) for i in range(len(mean))],
-        "real": mean.tolist(), "real_error": error.tolist(), "members": members.tolist(),
+        "real": mean.tolist(),
+        "members": members.tolist(),
         "rank_correlation": rank_correlation(members.mean(1), mean),
         "mean_absolute_error": float(np.abs(members.mean(1) - mean).mean()),
-        "within_band": float(((mean >= low) & (mean <= high)).mean()),
-    }  # fmt: skip
+        "within_band": float(between.mean()),
+    }
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -148,13 +151,12 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 def report(written: Mapping[str, Any]) -> str:
     """Say what was found, a line for each policy."""
     lines = [
-        f"after {step} steps: {real:.0f} +- {error:.0f}, predicted {np.mean(members):.0f} "
+        f"after {step} steps: {real:.0f}, predicted {np.mean(members):.0f} "
         f"({min(members):.0f} to {max(members):.0f})"
-        for step, real, error, members in zip(
-            written["steps"], written["real"], written["real_error"], written["members"],
-            strict=True,
+        for step, real, members in zip(
+            written["steps"], written["real"], written["members"], strict=True
         )
-    ]  # fmt: skip
+    ]
     lines.append(
         f"rank correlation {written['rank_correlation']:.2f}, mean absolute error "
         f"{written['mean_absolute_error']:.0f}, within the band {written['within_band']:.0%}"
@@ -176,15 +178,12 @@ def draw(written: Mapping[str, Any], out: Path) -> None:
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.0, 4.4), layout="constrained")
         band = np.stack([mean - members.min(1), members.max(1) - mean])
-        axis.errorbar(
-            real, mean, band, 2 * np.asarray(written["real_error"]), "o", color=COLOURS[0],
-            capsize=3,
-        )  # fmt: skip
+        axis.errorbar(real, mean, band, fmt="o", color=COLOURS[0], capsize=3)
         for step, x, y in zip(written["steps"], real, mean, strict=True):
             axis.annotate(f"{step:,}", (x, y), (5, -11), textcoords="offset points", fontsize=7)
         ends = [min(real.min(), members.min()), max(real.max(), members.max())]
         axis.plot(ends, ends, ":", color=INK, lw=1.2)
-        axis.set_xlabel("return in the task, two standard errors")
+        axis.set_xlabel("return in the task")
         axis.set_ylabel("return predicted by the model, range of its members")
         axis.set_title(f"policies of SAC by steps; rank correlation {rho}")
         figure.savefig(out, dpi=160)
