@@ -25,8 +25,9 @@ PosteriorKind = Literal["ensemble", "variational", "dropout", "laplace"]
 DROPOUT_RATE = 0.1
 """Share of hidden units that a sample lacks."""
 
-INITIAL_SHARE = 0.05
-"""Standard deviation of weights before the first fit, relative to that of their prior."""
+INITIAL_SHARE = 0.5
+"""Standard deviation of weights before the first fit, relative to that of their prior. Weights that
+begin nearly certain stay so where data say nothing: a fit ends long before they have widened."""
 
 
 class Posterior(NamedTuple):
