@@ -17,6 +17,7 @@ import optax
 
 from mbrl import normalization, optim, policies, replay, spaces
 from mbrl.distributions import TwoHot
+from mbrl.exploitation import sequence_exploitation
 from mbrl.imagination import imagine, imagined_targets, replay_targets
 from mbrl.losses.policy_gradient import reinforce_loss, two_hot_critic_loss
 from mbrl.mdp import SplitParams, penalized, with_reward
@@ -241,7 +242,7 @@ def make_dreamer(
         return action, DreamerCarry(latent, encoded, plan), model.pack(latent)
 
     def learn(state: DreamerState, inputs: Any) -> tuple[DreamerState, tuple[Metrics, Any]]:
-        record, valid, key = inputs
+        record, valid, key, gap_key = inputs
         before = state
         state = state._replace(statistics=model.standardize(state.statistics, record, valid))
         grad_fn = jax.value_and_grad(partial(total_loss, parts, config), has_aux=True)
@@ -250,7 +251,9 @@ def make_dreamer(
         weights = cast(Weights, optax.apply_updates(state.weights, updates))
         slow_value = optim.polyak(state.slow_value, weights.value, config.slow_rate)
         counts = cast(optim.FiniteState, opt_state)
-        metrics = found.metrics | optim.skipped(counts)
+        rest, known = jax.tree.map(lambda x: x[:, 1:], (record, valid))
+        gap = sequence_exploitation(model.mdp, state.world, gap_key, rest, known, found.latent)
+        metrics = found.metrics | optim.skipped(counts) | gap
         # The latent before a sequence stays as it was: nothing newer is known of it. After a
         # skipped update everything does, or its NaN would spoil all that follow.
         applied = counts.consecutive == 0
@@ -264,8 +267,8 @@ def make_dreamer(
         return state, (metrics, latents)
 
     def update(state: DreamerState, batch: Batch, key: Key) -> tuple[DreamerState, Metrics, Any]:
-        keys = jax.random.split(key, batch.valid.shape[0])
-        state, (metrics, latents) = jax.lax.scan(learn, state, (batch.record, batch.valid, keys))
+        keys = jax.random.split(key, (2, batch.valid.shape[0]))
+        state, (metrics, latents) = jax.lax.scan(learn, state, (batch.record, batch.valid, *keys))
         return state, jax.tree.map(lambda x: x.mean(0), metrics), latents
 
     return Agent(init, begin, act, update, sampling)

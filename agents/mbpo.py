@@ -1,7 +1,7 @@
 """MBPO: SAC on short rollouts of a learned model that branch off from what has been recorded.
 
 Reference: Janner et al. 2019 (arXiv:1906.08253); pessimistic rewards after Yu et al. 2020 (MOPO,
-arXiv:2005.13239).
+arXiv:2005.13239), or an end where nothing is known, Kidambi et al. 2020 (MOReL, arXiv:2005.05951).
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from agents.sac import (
     summary,
 )
 from mbrl import normalization, replay, spaces
+from mbrl.exploitation import newest_exploitation
+from mbrl.halting import fit_halt
 from mbrl.imagination import branches, rollout_length
 from mbrl.losses.policy_gradient import average
-from mbrl.mdp import SplitParams
+from mbrl.mdp import SplitParams, halted
 from mbrl.mixing import mixed, pool
 from mbrl.models.fitted_ensemble import (
     EnsembleConfig,
     FittedEnsemble,
     Fitter,
+    World,
     build_ensemble,
     curious_world,
     ensemble_optimizer,
@@ -38,6 +41,7 @@ from mbrl.models.fitted_ensemble import (
     fit_ensemble,
     init_ensemble,
 )
+from mbrl.models.probabilistic import ProbabilisticEnsemble
 from mbrl.models.reward import given_reward
 from mbrl.networks.observation import vector_of
 from mbrl.settings import check_choice, check_whole, check_within
@@ -76,6 +80,11 @@ class MBPOConfig(EnsembleConfig):
     explore: Literal["reward", "disagreement"] = "reward"
     """What a policy that explores is after: the same as in evaluation, or the disagreement of the
     members alone (Plan2Explore, OPAX): a policy of its own, imagined data alone, twice the time."""
+    halt: float = 0.0
+    """Share of the recorded steps whose disagreement the model is trusted at; imagined episodes end
+    beyond it (MOReL). 1 trusts the worst of them, 0 never halts."""
+    halt_margin: float = 1.0
+    """Standard deviations of reward by which each step there is worse than all recorded ones."""
     train_ratio: float = 20.0
     """Updates of actor and critics per environment step (P: 10 to 40)."""
     random_steps: int = 500
@@ -92,7 +101,16 @@ class MBPOConfig(EnsembleConfig):
         check_whole(self, "rollouts", "train_every", "capacity", "random_steps")
         check_within(self, "real_ratio", 0, 1)
         check_choice(self, "explore", ("reward", "disagreement"))
+        check_within(self, "halt", 0, 1)
+        check_within(self, "halt_margin", 0)
         check_within(self, "train_ratio", 0, ends="(]")
+        discount = self.sac.discount
+        if isinstance(discount, float) and discount >= 1.0 and self.halt:
+            raise ValueError(
+                f"sac.discount must be below 1 where imagined episodes halt, got {discount} with "
+                f"halt={self.halt}: what a halt costs would have no end; pass for example "
+                "--sac.discount 0.99"
+            )
         if min(self.length) < 1:
             raise ValueError(
                 f"length must be at least 1 step, got {self.length}; pass for example --length 1 1"
@@ -113,6 +131,21 @@ class MBPOState(NamedTuple):
     """Updates so far, from which the length of rollouts follows."""
     explorer: SACState | None = None
     """What acts while exploring, if it is not `sac`."""
+
+
+def world(spec: EnvSpec, config: MBPOConfig) -> World:
+    """Build the model of an agent, with the reward that it has learned."""
+    return _world(build_ensemble(spec, config), config, None)
+
+
+def _world(model: ProbabilisticEnsemble, config: MBPOConfig, source: Any) -> World:
+    def params(state: MBPOState) -> Any:
+        model = state.ensemble.model
+        return model if source is None else SplitParams(model, None)
+
+    return World(
+        model, ensemble_world(model, config, source), params, lambda state: state.ensemble.model
+    )
 
 
 def make_mbpo(
@@ -137,7 +170,9 @@ def make_mbpo(
     learner = make_learner(spec, config.sac, "MBPO")
     model = build_ensemble(spec, config, network)
     source = None if reward_fn is None else given_reward(reward_fn)
-    mdp = ensemble_world(model, config, source, config.penalty)
+    halts = not (isinstance(config.halt, float) and config.halt == 0.0)
+    believed = _world(model, config, source)
+    mdp = ensemble_world(model, config, source, config.penalty, reports=halts)
     explored = mdp if config.explore == "reward" else curious_world(model, config, source)
     optimizer = ensemble_optimizer(config)
     num_updates = max(1, round(config.train_ratio * config.train_every))
@@ -156,7 +191,7 @@ def make_mbpo(
         return choose(spec, learner, sac, obs, is_first, key, mode), carry, ()
 
     def update(state: MBPOState, batch: Batch, key: Key) -> tuple[MBPOState, Metrics, None]:
-        model_key, ending_key, *keys = jax.random.split(key, 5 if explored is mdp else 8)
+        model_key, ending_key, gap_key, *keys = jax.random.split(key, 6 if explored is mdp else 9)
         data, valid = replay.transitions(batch)
         data = rewarded(data, reward_fn)
         num_envs, rows = batch.valid.shape
@@ -165,10 +200,20 @@ def make_mbpo(
             model, config, state.ensemble, Fitter(optimizer, data, valid & holdout), valid,
             model_key, ending_key,
         )  # fmt: skip
+        metrics |= newest_exploitation(
+            believed.mdp, believed.params(state), gap_key, batch, data, config.train_every,
+            state.calls > 0,
+        )  # fmt: skip
         real = pool(data._replace(is_terminal=data.is_terminal.astype(jnp.float32)), valid)
         steps = config.random_steps + state.calls * config.train_every
         length = rollout_length(steps, config.schedule, config.length)
-        params = ensemble.model if reward_fn is None else SplitParams(ensemble.model, None)
+        params = believed.params(state._replace(ensemble=ensemble))
+        trusted = mdp
+        if halts:
+            trusted = halted(mdp, *fit_halt(
+                mdp, params, jax.random.fold_in(keys[1], 1), data, valid, config.halt,
+                config.halt_margin, 1.0 / (1.0 - config.sac.discount),
+            ))  # fmt: skip
 
         def improve(
             sac: SACState, world: MDP, ratio: Array | float, *keys: Key
@@ -197,7 +242,7 @@ def make_mbpo(
                 "imagined/ended": average(found.is_terminal, weight),
             }
 
-        sac, learned = improve(state.sac, mdp, config.real_ratio, *keys[:3])
+        sac, learned = improve(state.sac, trusted, config.real_ratio, *keys[:3])
         metrics |= learned | {
             "imagined/length": length.astype(jnp.float32),
             "replay/reward": average(data.reward, valid.astype(jnp.float32)),

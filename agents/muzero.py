@@ -18,6 +18,7 @@ import optax
 
 from agents.reanalysis import reanalysed, remember, rows_of, targets_of
 from mbrl import optim, replay, spaces
+from mbrl.exploitation import sequence_exploitation
 from mbrl.losses.value_equivalent import (
     Targets,
     cosine_error,
@@ -193,7 +194,7 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
         return action, carry, extras
 
     def learn(state: MuZeroState, inputs: Any) -> tuple[MuZeroState, tuple[Metrics, Any]]:
-        record, valid, odds, key = inputs
+        record, valid, odds, key, gap_key = inputs
         before = state
         moments = model.standardize(state.model.moments, rows_of(record.obs), valid.reshape(-1))
         state = state._replace(
@@ -222,11 +223,15 @@ def make_muzero(spec: EnvSpec, config: MuZeroConfig = MuZeroConfig()) -> Agent:
         if config.priority:
             old = record.extras["priority"][:, 0]
             feedback = {"priority": jnp.where(applied, priority, old)[:, None]}
-        return state._replace(opt_state=opt_state), (metrics | optim.skipped(counts), feedback)
+        metrics |= optim.skipped(counts)
+        if spec.players == 1:  # else a reward belongs to whoever has moved
+            part = jax.tree.map(lambda x: x[:, : config.unroll + 1], (record, valid))
+            metrics |= sequence_exploitation(model.mdp, before.model, gap_key, *part)
+        return state._replace(opt_state=opt_state), (metrics, feedback)
 
     def update(state: MuZeroState, batch: Batch, key: Key) -> tuple[MuZeroState, Metrics, Any]:
-        keys = jax.random.split(key, batch.valid.shape[0])
-        inputs = batch.record, batch.valid, batch.odds, keys
+        keys = jax.random.split(key, (2, batch.valid.shape[0]))
+        inputs = batch.record, batch.valid, batch.odds, *keys
         state, (metrics, feedback) = jax.lax.scan(learn, state, inputs)
         return state, jax.tree.map(lambda x: x.mean(0), metrics), feedback
 

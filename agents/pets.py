@@ -14,13 +14,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agents.sac import rewarded
 from mbrl import replay, spaces
+from mbrl.exploitation import newest_exploitation
 from mbrl.fitting import FitConfig
-from mbrl.mdp import RewardFn, SplitParams, with_reward
+from mbrl.halting import Halt, fit_halt, no_halt
+from mbrl.mdp import RewardFn, SplitParams, halted, with_reward
 from mbrl.models.fitted_ensemble import (
     EnsembleConfig,
     FittedEnsemble,
     Fitter,
+    World,
     build_ensemble,
     curious_world,
     ensemble_optimizer,
@@ -80,6 +84,11 @@ class PETSConfig(EnsembleConfig):
     plausible model, by hallucinated control (H-UCRL), which leaves `penalty` to evaluation."""
     optimism: float = 1.0
     """Epistemic standard deviations within which a model is plausible (hallucinated)."""
+    halt: float = 0.0
+    """Share of the recorded steps whose disagreement the model is trusted at; plans end beyond it
+    (MOReL). 1 trusts the worst of them, 0 never halts."""
+    halt_margin: float = 1.0
+    """Standard deviations of reward by which each step there is worse than all recorded ones."""
     planner: PlannerConfig = PlannerConfig()
     """Model-predictive control."""
 
@@ -89,6 +98,8 @@ class PETSConfig(EnsembleConfig):
         check_whole(self, "random_steps", "value_rounds", least=0)
         check_choice(self, "explore", ("reward", "disagreement", "hallucinated"))
         check_within(self, "optimism", 0)
+        check_within(self, "halt", 0, 1)
+        check_within(self, "halt_margin", 0)
         endless = not isinstance(self.planner.discount, Array) and self.planner.discount >= 1
         if self.value_rounds and endless:
             raise ValueError(
@@ -99,8 +110,8 @@ class PETSConfig(EnsembleConfig):
 
 
 class PETSState(NamedTuple):
-    """Everything PETS learns; `reward` and `value` are None unless they are learned apart, and
-    `posterior` unless the members are samples of it.
+    """Everything PETS learns; `reward` and `value` are None unless they are learned apart,
+    `posterior` unless the members are samples of it, `halt` unless plans halt.
     """
 
     model: EnsembleState
@@ -111,6 +122,7 @@ class PETSState(NamedTuple):
     reward_opt_state: optax.OptState | None = None
     value: ValueState | None = None
     value_opt_state: optax.OptState | None = None
+    halt: Halt | None = None
 
 
 class PETSCarry(NamedTuple):
@@ -144,16 +156,22 @@ def make_pets(
     _check(spec, config, reward_fn is not None)
     model, reward, value = _models(spec, config, network)
     source = reward if reward_fn is None else given_reward(reward_fn)
-    mdp = ensemble_world(model, config, source, config.penalty)
+    believed = _world(model, config, source)
+    halts = not (isinstance(config.halt, float) and config.halt == 0.0)
+    mdp = ensemble_world(model, config, source, config.penalty, reports=halts)
     explored = mdp if config.explore == "reward" else _explored(spec, config, model, source)
     optimizer = ensemble_optimizer(config)
 
-    def controller(world: MDP, after: ValueState | None = None) -> Planner:
-        # What follows is worth a return of the reward, not of disagreement.
+    def controller(
+        world: MDP, after: ValueState | None = None, halt: Halt | None = None
+    ) -> Planner:
+        # Who explores is after what is unknown; what follows a plan is worth a return of the
+        # reward, not of disagreement.
+        trusted = world if halt is None or world is not mdp else halted(world, *halt)
         curious = config.explore == "disagreement" and world is explored
         if value is None or after is None or curious:
-            return planner(world, config.planner)
-        return planner(world, config.planner, value=terminal_value(value, after, world))
+            return planner(trusted, config.planner)
+        return planner(trusted, config.planner, value=terminal_value(value, after, world))
 
     def planning_params(state: PETSState, mode: Mode) -> Any:
         model = _cautious(state.model) if mode == "greedy" else state.model
@@ -167,7 +185,7 @@ def make_pets(
         if value is not None:
             after = value.init(jax.random.fold_in(key, 2))
             learned = learned._replace(value=after, value_opt_state=optimizer.init(after.weights))
-        return learned
+        return learned._replace(halt=no_halt()) if halts else learned
 
     def begin(num_envs: int) -> PETSCarry:
         exploring = () if explored is mdp else controller(explored).init(num_envs)
@@ -184,7 +202,7 @@ def make_pets(
         params = planning_params(state, mode)
         start = mdp.init(params, init_key, obs)
         if mode == "greedy" or explored is mdp:
-            plan = controller(mdp, state.value).plan
+            plan = controller(mdp, state.value, state.halt).plan
             action, warm, _ = plan(params, plan_key, start, carry.plan)
             return action, carry._replace(plan=warm), ()
         plan = controller(explored, state.value).plan
@@ -197,12 +215,17 @@ def make_pets(
         data, valid = replay.transitions(batch)
         num_envs, rows = batch.valid.shape
         holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
-        model_key, ending_key, reward_key, value_key = jax.random.split(key, 4)
+        model_key, ending_key, reward_key, value_key, gap_key = jax.random.split(key, 5)
+        compared = newest_exploitation(
+            believed.mdp, believed.params(state), gap_key, batch, rewarded(data, reward_fn),
+            config.train_every, state.model.targets.count > 0,
+        )  # fmt: skip
         fit = Fitter(optimizer, data, valid & holdout)
         ensemble = FittedEnsemble(
             state.model, state.opt_state, state.termination_opt_state, state.posterior
         )
         ensemble, metrics = fit_ensemble(model, config, ensemble, fit, valid, model_key, ending_key)
+        metrics |= compared
         state = state._replace(**ensemble._asdict())
         if reward is not None:
             head = reward.standardize(cast(RewardState, state.reward), data, valid)
@@ -217,10 +240,28 @@ def make_pets(
                 value, optimizer, state, batch, value_key, config.value_rounds
             )
             metrics |= found
+        if halts:
+            state = state._replace(halt=fit_halt(
+                mdp, planning_params(state, "explore"), jax.random.fold_in(key, 1), data, valid,
+                config.halt, config.halt_margin, _plan_length(config.planner, value is not None),
+            ))  # fmt: skip
         return state, metrics, None
 
     sampling = SampleSpec("all", config.capacity, config.random_steps, config.train_every)
     return Agent(init, begin, act, update, sampling)
+
+
+def world(spec: EnvSpec, config: PETSConfig) -> World:
+    """Build the model of an agent, with the reward that it has learned."""
+    model, reward, _ = _models(spec, config, None)
+    return _world(model, config, reward)
+
+
+def _world(model: ProbabilisticEnsemble, config: PETSConfig, source: RewardFn | None) -> World:
+    def params(state: PETSState) -> Any:
+        return state.model if source is None else SplitParams(state.model, state.reward)
+
+    return World(model, ensemble_world(model, config, source), params, lambda state: state.model)
 
 
 def _models(
@@ -272,6 +313,13 @@ def _iterate_value(
     metrics = part_metrics("value", opt_state, jax.tree.map(lambda x: x[-1], found))
     metrics["value/mean"] = params.units.mean
     return state._replace(value=params, value_opt_state=opt_state), metrics
+
+
+def _plan_length(config: PlannerConfig, endless: bool) -> Array | float:
+    """Return the sum of the discounts of a plan, and of what follows it if that has a value."""
+    if endless:
+        return 1.0 / (1.0 - config.discount)
+    return jnp.sum(config.discount ** jnp.arange(config.horizon))
 
 
 def _cautious(model: EnsembleState) -> EnsembleState:

@@ -86,10 +86,11 @@ def _map_outcome(mdp: MDP, change: Callable[[Outcome], Outcome]) -> MDP:
     return mdp._replace(step=step)
 
 
-def _known(outcome: Outcome, combinator: str) -> Array:
+def uncertainty_of(outcome: Outcome, name: str) -> Array:
+    """Return the uncertainty [B] of a step; a model without any is refused for `name`."""
     if outcome.uncertainty is None:
         raise ValueError(
-            f"{combinator}: this MDP reports no uncertainty (Outcome.uncertainty is None); "
+            f"{name}: this MDP reports no uncertainty (Outcome.uncertainty is None); "
             "build the model with uncertainty=True"
         )
     return outcome.uncertainty
@@ -114,7 +115,8 @@ def penalized(mdp: MDP, coef: float | Array) -> MDP:
     """
 
     def change(outcome: Outcome) -> Outcome:
-        return outcome._replace(reward=outcome.reward - coef * _known(outcome, "penalized"))
+        uncertainty = uncertainty_of(outcome, "penalized")
+        return outcome._replace(reward=outcome.reward - coef * uncertainty)
 
     return _map_outcome(mdp, change)
 
@@ -141,7 +143,33 @@ def with_intrinsic_reward(mdp: MDP) -> MDP:
     """
 
     def change(outcome: Outcome) -> Outcome:
-        return outcome._replace(reward=_known(outcome, "with_intrinsic_reward"))
+        return outcome._replace(reward=uncertainty_of(outcome, "with_intrinsic_reward"))
+
+    return _map_outcome(mdp, change)
+
+
+def halted(mdp: MDP, threshold: float | Array, penalty: float | Array) -> MDP:
+    """End the episode where the model does not know what a step does.
+
+    Reference: MOReL, Kidambi et al. 2020 (arXiv:2005.05951).
+
+    Args:
+      mdp: a model that reports `Outcome.uncertainty` (a simulator reports 0).
+      threshold: uncertainty, in units of reward, above which a step is unknown; inf never
+        halts. May be traced, see `mbrl.halting.fit_halt`.
+      penalty: what the reward of an unknown step is lowered to, with the sign turned. Nothing
+        follows, so it stands for all that would have: the discount of the step is 0.
+
+    Raises:
+      ValueError: when stepped, if the model was built without uncertainty.
+    """
+
+    def change(outcome: Outcome) -> Outcome:
+        unknown = uncertainty_of(outcome, "halted") > threshold
+        return outcome._replace(
+            reward=jnp.where(unknown, -penalty, outcome.reward),
+            discount=jnp.where(unknown, 0.0, outcome.discount),
+        )
 
     return _map_outcome(mdp, change)
 

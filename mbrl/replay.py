@@ -135,8 +135,8 @@ def sample(ring: Ring, key: Key, spec: SampleSpec) -> Batch:
     """
     num_envs, rows = ring.record.reward.shape
     if spec.kind == "all":
-        flags = ring.record.is_first, ring.record.is_last
-        return Batch(ring.record, ring_index.starts_transition(*flags, ring.head, ring.size, jnp))
+        valid, newest = ring_index.whole(ring.record, ring.head, ring.size, jnp)
+        return Batch(ring.record, valid, newest=newest)
     priority = ring_index.priority(ring.record, spec)
     env, row, valid, odds = ring_index.address(
         key, ring.head, ring.size, spec, num_envs, rows, priority
@@ -345,9 +345,8 @@ class HostRing:
     def sample(self, key: Key, spec: SampleSpec) -> Batch:
         """Read the batch that `spec` asks for, as numpy arrays; see `sample`."""
         if spec.kind == "all":
-            flags = self._record.is_first, self._record.is_last
-            valid = ring_index.starts_transition(*flags, self._head, self._size, np)
-            return Batch(jax.tree.map(np.array, self._record), valid)
+            valid, newest = ring_index.whole(self._record, self._head, self._size, np)
+            return Batch(jax.tree.map(np.array, self._record), valid, newest=newest)
         head, size = np.int32(self._head), np.int32(self._size)
         priority = ring_index.priority(self._record, spec)
         found = ring_index.address(key, head, size, spec, *self._shape, priority)

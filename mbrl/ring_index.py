@@ -164,11 +164,12 @@ def first_of(env: Any, row: Any) -> Any:
     return xp.stack([env[..., 0], row[..., 0]], axis=-1)
 
 
-def starts_transition(is_first: Any, is_last: Any, head: Any, size: Any, xp: Any) -> Any:
-    """Return [E, C]: row `t` and its successor are one step of one episode."""
-    rows = is_first.shape[1]
+def whole(record: Record, head: Any, size: Any, xp: Any) -> tuple[Any, Any]:
+    """Return [E, C], whether a row and the next are one step of an episode; and the newest row."""
+    rows = record.is_first.shape[1]
     age = (xp.arange(rows) - head + size) % rows
-    return (age < size - 1) & ~is_last & ~xp.roll(is_first, -1, axis=1)
+    valid = (age < size - 1) & ~record.is_last & ~xp.roll(record.is_first, -1, axis=1)
+    return valid, xp.asarray((head - 1) % rows, xp.int32)
 
 
 def rows_of(index: Any, length: int, rows: int, xp: Any) -> tuple[Any, Any]:

@@ -216,12 +216,15 @@ class Batch(NamedTuple):
         sequence: the address for `feedback`. None for 'latest' and 'all'.
       odds: [K, B] how much likelier each sequence was to be drawn than on average: the
         inverse of its importance weight. None where all are alike.
+      newest: int32 [], row of the newest record ('all'). None for other kinds, and where no record
+        is newer than another because all were there before training.
     """
 
     record: Record
     valid: Array
     index: Array | None = None
     odds: Array | None = None
+    newest: Array | None = None
 
 
 class SampleSpec(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from agents.preferences import PreferencesConfig
+from mbrl.exploitation import STEPS, exploited
 from mbrl.preferences.monitor import Session, overoptimized
 from mbrl.preferences.queries import schedule
 from mbrl.training import run_directory
@@ -40,7 +41,8 @@ class Alarms:
     def __init__(self, out: Path) -> None:
         """Begin; `out` is the folder of the run."""
         self._out = out
-        self._clipped = self._overoptimized = False
+        self._clipped = self._overoptimized = self._exploited = False
+        self._gaps: dict[int, list[float]] = {}
         self._sessions: dict[int, list[Session]] = {}
         self._labels: dict[int, int] = {}
 
@@ -54,6 +56,8 @@ class Alarms:
             return
         self._stop_if_diverged(report)
         self._warn_if_clipped(report)
+        if "model/exploitation" in report.metrics:
+            self._warn_if_exploited(report)
         if "preferences/agreement" in report.metrics:
             self._warn_if_overoptimized(report)
 
@@ -82,6 +86,26 @@ class Alarms:
             "or --model.max-value where only returns are large",
             file=sys.stderr,
         )
+
+    def _warn_if_exploited(self, report: Report) -> None:
+        """Say that the model promises more than its agent gets, and goes on doing so."""
+        names = ("exploitation", "predicted_return", "realized_return")
+        found = [np.asarray(report.metrics[f"model/{name}"]) for name in names]
+        for seed, (gap, predicted, realized) in enumerate(zip(*found, strict=True)):
+            gaps = self._gaps.setdefault(seed, [])
+            gaps.append(float(gap))
+            if self._exploited or not exploited(gaps):
+                continue
+            self._exploited = True
+            print(
+                f"warning: step {report.step}: for the actions that were taken the model promises "
+                f"a return of {predicted:.4g} over {STEPS} steps or less, and {realized:.4g} came: "
+                f"{gap:.1f} deviations less, in four reports in a row. The agent may exploit the "
+                "errors of its model; make it cautious (--penalty 1.0; dreamer: --members 5 as "
+                "well; muzero: --model.members 5), or let it learn from more steps before it is "
+                f"relied on (--random-steps); see model/exploitation in {self._out}",
+                file=sys.stderr,
+            )
 
     def _warn_if_overoptimized(self, report: Report) -> None:
         """Say that the learned reward rises while people or teachers disagree with it more."""

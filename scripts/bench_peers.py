@@ -6,14 +6,16 @@
 
 `planning` is one planning step beside that of mbrl-lib, in the two cases of `mbrl bench planning`;
 `ppo` a training run on CartPole beside that of Stable-Baselines3, which steps its environments on
-the host. PEER is an environment of the other library alone (mbrl-lib shares its import name with
-this one): the scripts in `scripts/peers/` say how to make one.
+the host; `rlhf` are the steps of `mbrl bench rlhf` beside those of TRL. PEER is an environment of
+the other library alone (mbrl-lib shares its import name with this one): the scripts in
+`scripts/peers/` say how to make one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ from mbrl.planning import PlannerConfig
 from scripts import bench
 from scripts import bench_planning as planning
 from scripts import bench_ppo as ppo
+from scripts import bench_rlhf as rlhf
 from scripts.cli import parse, run
 from scripts.timing import gemm_rate
 
@@ -47,6 +50,7 @@ class Peer(NamedTuple):
 PEERS = {
     "planning": Peer("mbrl-lib", "mbrl_lib.py"),
     "ppo": Peer("Stable-Baselines3", "sb3.py"),
+    "rlhf": Peer("TRL", "trl.py"),
 }
 FOLDER = Path(__file__).resolve().parent / "peers"
 
@@ -55,15 +59,15 @@ FOLDER = Path(__file__).resolve().parent / "peers"
 class PeersConfig:
     """Measure this library beside another and write JSON."""
 
-    what: tyro.conf.Positional[Literal["planning", "ppo"]]
+    what: tyro.conf.Positional[Literal["planning", "ppo", "rlhf"]]
     """planning: one planning step beside mbrl-lib; ppo: a training run beside
-    Stable-Baselines3."""
+    Stable-Baselines3; rlhf: steps on a language model beside TRL."""
     python: str
     """Python of an environment with the other library."""
     out: str
     """File for the JSON."""
     repeats: int = 20
-    """planning: warm calls per case and side, of which the median and the fastest are
+    """planning, rlhf: warm calls per case and side, of which the median and the fastest are
     reported; ppo: runs per side, of which the fastest counts."""
     quick: bool = False
     """Tiny sizes, to see that everything runs; the figures mean nothing."""
@@ -104,7 +108,9 @@ def measure(config: PeersConfig) -> dict[str, Any]:
     """
     peer = PEERS[config.what]
     peer_versions = ask(config.python, peer, ["--check"])["versions"]
-    module, case = {"planning": (planning, peers), "ppo": (ppo, ppo_peers)}[config.what]
+    module, case = {
+        "planning": (planning, peers), "ppo": (ppo, ppo_peers), "rlhf": (rlhf, rlhf_peers),
+    }[config.what]  # fmt: skip
     sizes: Any = module.quick_sizes() if config.quick else module.Sizes()
     result = bench.report(
         bench.BenchConfig(config.what, config.repeats, quick=config.quick),
@@ -175,6 +181,48 @@ def peers(config: PeersConfig, sizes: planning.Sizes) -> dict[str, Case]:
         theirs = peer_case(config, sizes, ours, plan)
         faster = theirs["median_seconds"] / ours["median_seconds"]
         found[name] = {"ours": ours, "mbrl_lib": theirs, "times_faster": faster}
+    return found
+
+
+def rlhf_peers(config: PeersConfig, sizes: rlhf.Sizes) -> dict[str, Case]:
+    """Measure the steps of RLHF on a small GPT-2, ours before and after those of TRL.
+
+    Args:
+      config: the Python of the peer, and how many calls.
+      sizes: of the model and the batches.
+
+    Returns:
+      By part of `bench_rlhf.parts` `ours`, its cases before and after; `trl` with the seconds of
+      every step; and `times_faster`, the ratio of the medians, of which ours is the lower one. PPO
+      has `shared_times_faster`, too: with the critic on the policy's transformer.
+    """
+    cases: dict[str, Any] = {
+        "reward": rlhf.reward_case, "direct": rlhf.direct_case,
+        "generate": rlhf.generate_case, "ppo": rlhf.ppo_case,
+    }  # fmt: skip
+    model = sizes.config
+    flags = {
+        "vocab": model.vocab, "layers": model.layers, "width": model.width, "heads": model.heads,
+        "pairs": sizes.pairs, "prompt": sizes.prompt, "response": sizes.response,
+        "batch": sizes.batch, "epochs": sizes.epochs, "repeat": config.repeats,
+    }  # fmt: skip
+    found: dict[str, Case] = {}
+    for part, case in cases.items():
+        print(f"measuring {part}", file=sys.stderr)
+        ours = [case(sizes, config.repeats)]
+        argv = [f"--part={part}", *(f"--{name}={value}" for name, value in flags.items())]
+        seconds = ask(config.python, PEERS["rlhf"], argv)["seconds"]
+        ours.append(case(sizes, config.repeats))
+        theirs = {
+            "seconds": seconds,
+            "median_seconds": statistics.median(seconds),
+            "min_seconds": min(seconds),
+        }
+        found[part] = {"ours": ours, "trl": theirs}
+        for name in ("separate", "shared") if part == "ppo" else ("",):
+            mine = min((one[name] if name else one)["median_seconds"] for one in ours)
+            prefix = "shared_" if name == "shared" else ""
+            found[part][f"{prefix}times_faster"] = theirs["median_seconds"] / mine
     return found
 
 

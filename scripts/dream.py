@@ -73,7 +73,8 @@ def show(folder: Path, out: str, window: Window, title: str = "") -> dict[str, A
         that do not fit.
     """
     file = Path(out or folder / "dream.png")
-    _check(file, window)
+    _check(file)
+    check_window(window)
     run = runs.load(folder)
     if run.agent_name not in LATENT:
         raise ValueError(
@@ -213,11 +214,19 @@ def _at(ahead: tuple[int, ...], pair: np.ndarray) -> dict[str, list[float | None
     return {n: [number(x, step) for step in ahead] for n, x in zip(names, pair, strict=True)}
 
 
-def _check(file: Path, window: Window) -> None:
+def _check(file: Path) -> None:
     if file.suffix not in (".png", ".pdf", ".svg", ".gif"):
         raise ValueError(
             f"--out: got {file}, expected a name that ends in .png, .pdf, .svg or .gif"
         )
+
+
+def check_window(window: Window) -> None:
+    """Refuse episodes that cannot be played.
+
+    Raises:
+      ValueError: naming the flag.
+    """
     for name, least in (("episodes", 1), ("context", 0), ("length", 2), ("seed", 0)):
         if getattr(window, name) < least:
             raise ValueError(f"--{name}: got {getattr(window, name)}, expected at least {least}")

@@ -151,8 +151,8 @@ def draw(scene: Scene, file: Path) -> None:
         for place, line in enumerate(panels):
             axes = figure.add_subplot(inner[divmod(place, across)])
             name = f"{line.name}, episode {rows[0] + 1}" if strips else line.name
-            _draw_line(axes, line._replace(name=name), scene.context)
-        _draw_error(figure.add_subplot(inner[divmod(len(panels), across)]), scene)
+            draw_line(axes, line._replace(name=name), scene.context)
+        draw_error(figure.add_subplot(inner[divmod(len(panels), across)]), scene)
         text = f"{scene.title}: {scene.context} records seen, then open loop"
         text += "" if strips else f" (episode {rows[0] + 1} of {len(scene.valid)})"
         figure.suptitle(text, x=0.01, ha="left", fontsize=11)
@@ -196,7 +196,8 @@ def _draw_strip(axes: Any, film: Film, context: int, row: int) -> None:
     axes.set_title(text, loc="left", fontsize=9)
 
 
-def _draw_line(axes: Any, line: Line, context: int) -> None:
+def draw_line(axes: Any, line: Line, context: int) -> None:
+    """Draw the truth, and the median and the middle of samples."""
     time = np.arange(len(line.truth))
     low, middle, high = np.percentile(line.samples, (10, 50, 90), axis=0)
     _context(axes, context)
@@ -214,7 +215,8 @@ def _draw_line(axes: Any, line: Line, context: int) -> None:
     _finish(axes)
 
 
-def _draw_error(axes: Any, scene: Scene) -> None:
+def draw_error(axes: Any, scene: Scene) -> None:
+    """Draw normalized errors by the number of steps ahead."""
     moving = {name: pair for name, pair in scene.errors.items() if np.isfinite(pair).any()}
     for index, (name, pair) in enumerate(moving.items()):
         colour, ahead = ERRORS[index % len(ERRORS)], np.arange(1, pair.shape[1] + 1)

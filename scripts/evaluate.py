@@ -12,12 +12,18 @@ from typing import Any
 if __name__ == "__main__":  # run as a file: imports start at the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import jax
 import numpy as np
 import tyro
 
-from mbrl.training.evaluation import statistics
+from mbrl.training.evaluation import evaluate_in_model, statistics
+from mbrl.training.learner import seed_keys
 from scripts import runs
 from scripts.cli import parse, run
+from scripts.learned_models import learned_model
+
+MAX_STARTS = 100
+"""Starts that a model predicts from, with every member."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,8 @@ class EvaluateConfig:
     """Seed of the start states."""
     env: str | None = None
     """Another environment id with the same spaces, for the agent as it was trained."""
+    in_model: str = ""
+    """Folder of a run of pets or mbpo, whose model predicts the return of the same agent."""
     json: bool = False
     """Print one JSON object on stdout and nothing else."""
     video: str = ""
@@ -64,6 +72,8 @@ def main(argv: list[str]) -> int:
     state = runs.learner_of(restored.tree).agent
     returns = runs.evaluate(job, state, config.episodes, config.seed, film, **options)
     result = summary(job, returns, restored.step)
+    if config.in_model:
+        result["predicted"] = predicted(job, state, config)
     if config.video:
         try:  # a film that fails takes nothing else with it
             write_video(Path(config.video), frames)
@@ -79,7 +89,47 @@ def main(argv: list[str]) -> int:
                 f"IQM {seed['return_iqm']:.1f}  min {min(seed['returns']):.1f}  "
                 f"max {max(seed['returns']):.1f}  ({config.episodes} episodes)"
             )
+            if config.in_model:
+                said = result["predicted"]["seeds"][name]
+                members = "  ".join(f"{x:.1f}" for x in said["members"])
+                print(
+                    f"    predicted by {config.in_model}: mean {said['return_mean']:.1f}  std "
+                    f"{said['members_std']:.1f} between its members ({members})"
+                )
     return 0
+
+
+def predicted(job: runs.Run, agent_state: Any, config: EvaluateConfig) -> dict[str, Any]:
+    """Predict the return of the agent by the model of another run, from its recorded starts.
+
+    Raises:
+      ValueError: for a run without such a model, or of a task with other spaces.
+    """
+    model = learned_model(Path(config.in_model), "tsinf")
+    runs.check_spaces(model.run.env_id, model.run.spec, job.env_id, job.spec)
+    num = min(config.episodes, MAX_STARTS)
+    rows = np.random.default_rng(config.seed).integers(len(_leaf(model.starts)), size=num)
+    starts = jax.tree.map(lambda x: x[rows], model.starts)
+    keys = seed_keys(tuple(config.seed + s for s in range(len(job.driver.seeds))))
+    returns = evaluate_in_model(
+        job.factory, agent_state, model.mdp, model.params, keys, starts, model.members
+    ).mean(2)
+    return {
+        "run": config.in_model,
+        "step": model.step,
+        "seeds": {
+            str(seed): {
+                "return_mean": float(members.mean()),
+                "members_std": float(members.std()),
+                "members": [float(x) for x in members],
+            }
+            for seed, members in zip(job.driver.seeds, returns, strict=True)
+        },
+    }
+
+
+def _leaf(tree: Any) -> Any:
+    return jax.tree.leaves(tree)[0]
 
 
 def _check_video(job: runs.Run, path: str) -> None:

@@ -42,8 +42,8 @@ class Pursuit(NamedTuple):
         return np.sqrt(np.maximum(self.series["kl"], 0.0))
 
 
-def load(folder: Path, label: str) -> Pursuit:
-    """Read the metrics of a run of `mbrl rlhf ppo`, or of the pipeline around it.
+def load(folder: Path, label: str) -> list[Pursuit]:
+    """Read the metrics of a run of `mbrl rlhf ppo`, or of the pipeline around it, by seed.
 
     Raises:
       ValueError: for a folder without such a run.
@@ -60,8 +60,14 @@ def load(folder: Path, label: str) -> Pursuit:
             "mbrl rlhf ppo or mbrl rlhf run"
         )
     names += ("gold",) if all("gold" in line for line in lines) else ()
-    series = {name: np.array([line[name] for line in lines]) for name in names}
-    return Pursuit(label, series | {"update": np.array([line["step"] for line in lines])})
+    names += ("step",)
+    found = []
+    for seed in dict.fromkeys(line["seed"] for line in lines):
+        mine = [line for line in lines if line["seed"] == seed]
+        series = {name: np.array([line[name] for line in mine]) for name in names}
+        series["update"] = series.pop("step")
+        found.append(Pursuit(label if seed is None else f"{label}, seed {seed}", series))
+    return found
 
 
 def fits(runs: Sequence[Pursuit], name: str) -> Course | None:

@@ -1,6 +1,7 @@
 """`mbrl report`: learning curves and a table from the metrics of one or several runs.
 
 With `--dream`, what the latent model of one run predicts without looking (`scripts.dream`); with
+`--model`, what an ensemble does, and how far that can be believed (`scripts.model_report`); with
 `--preferences` or `--rlhf`, what a learned reward has led to (`scripts.overoptimization`,
 `scripts.pursuit`).
 """
@@ -41,6 +42,8 @@ class ReportConfig:
 
     With --dream: play episodes with the trained agent, let its latent model predict them
     open loop, draw that beside the truth, and print its errors as one line of JSON.
+    With --model: play episodes with the trained agent, and draw what its ensemble predicts of them:
+    calibration, returns of several steps, and open-loop rollouts.
     With --preferences: draw the learned reward of runs beside the true one.
     With --rlhf: the same for runs of mbrl rlhf, over the distance from the reference.
     """
@@ -55,10 +58,11 @@ class ReportConfig:
     preferences: bool = False  # learned and true reward, and how far they part
     rlhf: bool = False  # the same for language models
     dream: bool = False  # open-loop predictions of one run: PNG, or GIF of images
-    episodes: int = 10  # dream: episodes to play; the errors are means over them
+    model: bool = False  # calibration, returns and rollouts of an ensemble, for one run
+    episodes: int = 10  # dream, model: episodes to play; the errors are means over them
     context: int = 0  # dream: records the model sees; 0 = 5, or half of shorter episodes
-    length: int = 50  # dream: records of an episode, the context included
-    seed: int = 0  # dream: of the start states
+    length: int = 50  # dream, model: records of an episode, the context included
+    seed: int = 0  # dream, model: of the start states
 
 
 def main(argv: list[str]) -> int:
@@ -74,10 +78,10 @@ def main(argv: list[str]) -> int:
         )
     if config.window < 1:
         raise ValueError(f"--window: got {config.window}, expected at least 1")
-    if config.dream + config.preferences + config.rlhf > 1:
-        raise ValueError("--dream, --preferences, --rlhf: expected one figure at a time")
-    if config.dream:
-        return _dream(config)
+    if config.dream + config.model + config.preferences + config.rlhf > 1:
+        raise ValueError("--dream, --model, --preferences, --rlhf: expected one figure at a time")
+    if config.dream or config.model:
+        return _episodes(config)
     if config.preferences:
         return _preferences(config)
     if config.rlhf:
@@ -115,19 +119,21 @@ def _preferences(config: ReportConfig) -> int:
 def _rlhf(config: ReportConfig) -> int:
     out = _figure_file(config, "rlhf.png")
     labels = config.labels or [Path(path).resolve().name for path in config.runs]
-    runs = [pursuit.load(Path(p), label) for p, label in zip(config.runs, labels, strict=True)]
+    pairs = zip(config.runs, labels, strict=True)
+    runs = [one for path, label in pairs for one in pursuit.load(Path(path), label)]
     fit = pursuit.draw(runs, out, config.title)
     print(json.dumps({"figure": str(out), "fit": fit, "runs": pursuit.summary(runs)}, indent=2))
     return 0
 
 
-def _dream(config: ReportConfig) -> int:
-    from scripts import dream  # builds agents and environments, which curves do without
+def _episodes(config: ReportConfig) -> int:
+    from scripts import dream, model_report  # build agents and environments, curves do without
 
+    flag, job = ("--dream", dream) if config.dream else ("--model", model_report)
     if len(config.runs) != 1:
-        raise ValueError(f"RUN: got {len(config.runs)}, expected one run with --dream")
+        raise ValueError(f"RUN: got {len(config.runs)}, expected one run with {flag}")
     window = dream.Window(config.episodes, config.context, config.length, config.seed)
-    print(json.dumps(dream.show(Path(config.runs[0]), config.out, window, config.title)))
+    print(json.dumps(job.show(Path(config.runs[0]), config.out, window, config.title)))
     return 0
 
 

@@ -35,7 +35,7 @@ def pipelines(folders: Sequence[Path]) -> list[dict[str, Any]]:
         "benchmark": "RLHF",
         "task": "grammar",
         "seeds": len(found),
-        "command": " && ".join(f"mbrl rlhf run --seed {s} --out runs/rlhf-{s}" for s in seeds),
+        "command": _command(seeds, found[0]["config"].get("num_seeds", 1)),
         "commit": commits.pop(),
         "date": time.strftime("%Y-%m-%d", time.localtime(files[-1].stat().st_mtime)),
     }
@@ -78,6 +78,12 @@ def study(file: Path) -> list[dict[str, Any]]:
         for row in rows:
             row.setdefault("setting", name)
     return [common | row for row in rows]
+
+
+def _command(seeds: Sequence[int], at_once: int) -> str:
+    if at_once > 1:
+        return f"mbrl rlhf run --seed {min(seeds)} --num-seeds {at_once}"
+    return " && ".join(f"mbrl rlhf run --seed {s} --out runs/rlhf-{s}" for s in seeds)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

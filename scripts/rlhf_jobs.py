@@ -42,7 +42,6 @@ from mbrl.tokenizers import Tokenizer
 from mbrl.training.hugging_face import WEIGHTS
 from mbrl.training.text_data import Kind, read_text
 from mbrl.types import Array
-from scripts import config_json
 from scripts.rlhf_models import (
     MODEL,
     REWARD,
@@ -53,7 +52,8 @@ from scripts.rlhf_models import (
     save_model,
     save_reward,
 )
-from scripts.rlhf_stage import LoopConfig, StageRun, run_stage
+from scripts.rlhf_seeds import Prepared, train
+from scripts.rlhf_stage import LoopConfig, StageRun
 
 REFERENCE = "reference.npz"
 """What the reference says of the answers, in the folder of a run of `direct`."""
@@ -148,18 +148,21 @@ class DirectJob:
 
 def supervised(job: SupervisedJob) -> Path:
     """Run the job; returns the folder of the model."""
+    return train(job, _supervised)
+
+
+def _supervised(job: SupervisedJob) -> Prepared:
     language = load_model(_given(job.model, "model"))
     rows = read_rows(job.data, "demonstrations", language.tokenizer, job.text)
     loader = supervised_loader(rows, job.text.max_prompt + job.text.max_answer, _batches(job.loop))
     given = SupervisedGiven(language.params)
     stage = make_supervised(language.model, job.learner)
-    run = StageRun("sft", stage, given, partial(at_update, loader), _settings(job))
-    return _trained(run, job, language)
+    run = StageRun("sft", stage, given, partial(at_update, loader))
+    return Prepared(run, language.model.config, partial(_save_language, run, job, language))
 
 
-def _trained(run: StageRun, job: Any, language: LanguageModel) -> Path:
-    """Run a stage that makes a language model; returns the folder of the model."""
-    state = run_stage(run, job.loop, Path(job.out))
+def _save_language(run: StageRun, job: Any, language: LanguageModel, state: Any) -> Path:
+    """Save the model that a stage has made; returns its folder."""
     params, folder = run.stage.result(state, run.given), Path(job.out) / MODEL
     save_model(folder, language.model.config, params, model_path(job.model))
     return folder
@@ -167,20 +170,27 @@ def _trained(run: StageRun, job: Any, language: LanguageModel) -> Path:
 
 def reward(job: RewardJob) -> Path:
     """Run the job; returns the folder of the reward model."""
-    language, out = load_model(_given(job.model, "model")), Path(job.out)
+    return train(job, _reward)
+
+
+def _reward(job: RewardJob) -> Prepared:
+    language, folder = load_model(_given(job.model, "model")), Path(job.out) / REWARD
     rows = read_rows(job.data, "rankings", language.tokenizer, job.text)
     loader = answers_loader(rows, job.text, job.loop)
     given, stage = RewardGiven(language.params), make_reward(language.model, job.learner)
-    run = StageRun("reward", stage, given, partial(at_update, loader), _settings(job))
-    state = run_stage(run, job.loop, out)
-    if job.prompts:
-        rows = read_rows(job.prompts, "prompts", language.tokenizer, job.text)
-    scored = reward_of(language.model, job.learner)
-    result = _normalized(scored, stage.result(state, given), language, rows, job)
-    save_reward(
-        out / REWARD, language.model.config, job.learner.kind, result, model_path(job.model)
-    )
-    return out / REWARD
+
+    def save(state: Any) -> Path:
+        prompts = rows
+        if job.prompts:
+            prompts = read_rows(job.prompts, "prompts", language.tokenizer, job.text)
+        scored = reward_of(language.model, job.learner)
+        result = _normalized(scored, stage.result(state, given), language, prompts, job)
+        kind = job.learner.kind
+        save_reward(folder, language.model.config, kind, result, model_path(job.model))
+        return folder
+
+    run = StageRun("reward", stage, given, partial(at_update, loader))
+    return Prepared(run, language.model.config, save)
 
 
 def _normalized(
@@ -203,6 +213,15 @@ def _normalized(
 
 def ppo(job: PPOJob) -> Path:
     """Run the job; returns the folder of the model."""
+    return train(job, _ppo)
+
+
+def _ppo(job: PPOJob) -> Prepared:
+    if job.kl_budget and job.loop.num_seeds > 1:
+        raise ValueError(
+            f"kl_budget: got {job.kl_budget:g} with {job.loop.num_seeds} seeds, which reach it at "
+            "different updates; run them one after the other"
+        )
     language = load_model(_given(job.model, "model"))
     loaded = load_reward(_given(job.reward, "reward"))
     tokenizer, learner = language.tokenizer, job.learner
@@ -223,16 +242,20 @@ def ppo(job: PPOJob) -> Path:
         return PromptBatch(text.tokens[:, 0], text.mask[:, 0], shown)
 
     def stop_when(metrics: Any) -> str:
-        kl = float(metrics["kl"])
-        over = 0.0 < job.kl_budget < kl
-        return f"{kl:.2f} nats from the reference, {job.kl_budget:g} allowed" if over else ""
+        if not job.kl_budget or metrics["kl"] <= job.kl_budget:
+            return ""
+        return f"{metrics['kl']:.2f} nats from the reference, {job.kl_budget:g} allowed"
 
-    run = StageRun("ppo", stage, given, batch, _settings(job), stop_when)
-    return _trained(run, job, language)
+    run = StageRun("ppo", stage, given, batch, stop_when)
+    return Prepared(run, language.model.config, partial(_save_language, run, job, language))
 
 
 def direct(job: DirectJob) -> Path:
     """Run the job; returns the folder of the model."""
+    return train(job, _direct)
+
+
+def _direct(job: DirectJob) -> Prepared:
     language = load_model(_given(job.model, "model"))
     rows = read_rows(job.data, job.kind, language.tokenizer, job.text)
     rows = pairs_of(rows) if job.kind == "rankings" else rows
@@ -244,8 +267,8 @@ def direct(job: DirectJob) -> Path:
         text = at_update(loader, update)
         return DirectBatch(text, jnp.asarray(reference[text.row]))
 
-    run = StageRun("dpo", stage, given, batch, _settings(job))
-    return _trained(run, job, language)
+    run = StageRun("dpo", stage, given, batch)
+    return Prepared(run, language.model.config, partial(_save_language, run, job, language))
 
 
 def reference_log_probs(
@@ -308,13 +331,6 @@ def prompt_batches(
 
 def _batches(loop: LoopConfig, last: Literal["pad", "drop"] = "pad") -> BatchConfig:
     return BatchConfig(loop.batch_size, last=last, seed=loop.seed)
-
-
-def _settings(job: Any) -> dict[str, Any]:
-    """Return what has to stay the same for a run to be continued."""
-    settings = config_json.to_json(job)
-    del settings["loop"], settings["out"]
-    return settings
 
 
 def _given(value: str, name: str) -> str:

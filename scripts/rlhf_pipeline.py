@@ -77,6 +77,8 @@ class PipelineConfig:
     """Folder of a pretrained model; one with random weights is made if empty."""
     seed: int = 0
     """Of all stages."""
+    num_seeds: int = 1
+    """Seeds trained in one program, `seed` the first; each has folders `seed_N`."""
     direct: bool = True
     """Also train a policy by direct preference optimization."""
     architecture: TransformerConfig = family_config(
@@ -96,23 +98,23 @@ def pipeline(config: PipelineConfig) -> Path:
     """Run all stages, then judge the models on prompts that nobody has seen.
 
     Returns:
-      The file of the results.
+      The file of the results; with several seeds the folder that holds one for each.
     """
-    out, text = Path(config.out), config.text
+    out, text, seeds = (
+        Path(config.out),
+        config.text,
+        range(config.seed, config.seed + config.num_seeds),
+    )
     began, fresh = time.perf_counter(), not (out / "sft").exists()
-    synthetic = not config.data
-    data = Path(config.data or out / DATA)
-    if synthetic and not (data / "test" / "rankings.jsonl").exists():
-        task = dataclasses.replace(config.task, seed=config.seed)
-        rlhf_use.data(rlhf_use.DataJob(str(data), task))
-    base = Path(config.base or out / BASE)
-    if not config.base:
-        rlhf_use.new(rlhf_use.NewJob(str(base), str(data), config.seed, config.architecture))
+    each = "seed_{seed}" if config.num_seeds > 1 else "."
+    data, base = Path(config.data or out / DATA / each), Path(config.base or out / BASE / each)
+    for seed in seeds:
+        _begin(config, seed, data, base)
 
     def loop(step: Any) -> LoopConfig:
-        return dataclasses.replace(step.loop, seed=config.seed)
+        return dataclasses.replace(step.loop, seed=config.seed, num_seeds=config.num_seeds)
 
-    train, test = data / "train", data / "test"
+    train = data / "train"
     print("sft: fine-tuning on demonstrations")
     sft = jobs.supervised(jobs.SupervisedJob(
         str(train / "demonstrations.jsonl"), str(base), str(out / "sft"), text,
@@ -126,7 +128,7 @@ def pipeline(config: PipelineConfig) -> Path:
     print("ppo: improving the policy")
     ppo = jobs.ppo(jobs.PPOJob(
         str(train / "prompts.jsonl"), str(sft), str(reward),
-        str(train / "demonstrations.jsonl"), "grammar" if synthetic else "",
+        str(train / "demonstrations.jsonl"), "" if config.data else "grammar",
         config.ppo.kl_budget, str(out / "ppo"), text, loop(config.ppo), config.ppo.learner,
     ))  # fmt: skip
     models = {"sft": sft, "ppo": ppo}
@@ -136,29 +138,44 @@ def pipeline(config: PipelineConfig) -> Path:
             str(train / "rankings.jsonl"), "rankings", str(sft), str(out / "dpo"), text,
             loop(config.dpo), config.dpo.learner,
         ))  # fmt: skip
-    result = _judge(config, test, models, reward, synthetic)
-    about = {
-        "config": config_json.to_json(config),
-        "versions": run_directory.versions(),
-        "seconds": time.perf_counter() - began if fresh else None,
-    }
-    if fresh or not (out / RESULT).exists():
-        run_directory.write_json(out / RESULT, result | about)
-    return out / RESULT
+    about = {"versions": run_directory.versions(), "seconds": None}
+    if fresh:
+        about["seconds"] = time.perf_counter() - began
+    for seed in seeds:
+        one = dataclasses.replace(config, seed=seed)
+        file = Path(str(out / each).replace("{seed}", str(seed))) / RESULT
+        result = _judge(one, data / "test", models, reward)
+        if fresh or not file.exists():
+            run_directory.write_json(file, result | {"config": config_json.to_json(one)} | about)
+    return out / RESULT if config.num_seeds == 1 else out
+
+
+def _begin(config: PipelineConfig, seed: int, data: Path, base: Path) -> None:
+    """Write what a seed starts from, where it has not been given."""
+    data, base = (Path(str(path).replace("{seed}", str(seed))) for path in (data, base))
+    if not config.data and not (data / "test" / "rankings.jsonl").exists():
+        task = dataclasses.replace(config.task, seed=seed)
+        rlhf_use.data(rlhf_use.DataJob(str(data), task))
+    if not config.base:
+        rlhf_use.new(rlhf_use.NewJob(str(base), str(data), seed, config.architecture))
 
 
 def _judge(
-    config: PipelineConfig, test: Path, models: dict[str, Path], reward: Path, synthetic: bool
+    config: PipelineConfig, test: Path, models: dict[str, Path], reward: Path
 ) -> dict[str, Any]:
     """Score answers to the test prompts, and the reward model on the test rankings."""
+
+    def at(path: Path) -> str:
+        return str(path).replace("{seed}", str(config.seed))
+
     result: dict[str, Any] = {
-        "reward": rlhf_use.judge_reward(str(reward), str(test / "rankings.jsonl"), config.text)
+        "reward": rlhf_use.judge_reward(at(reward), at(test / "rankings.jsonl"), config.text)
     }
     for name, model in models.items():
         result[name] = rlhf_use.judge_policy(
-            str(model), str(reward), str(models["sft"]), str(test / "prompts.jsonl"),
-            config.text, config.ppo.learner.temperature, config.seed, synthetic,
+            at(model), at(reward), at(models["sft"]), at(test / "prompts.jsonl"),
+            config.text, config.ppo.learner.temperature, config.seed, not config.data,
         )  # fmt: skip
         told = ", ".join(f"{key} {value['mean']:.3f}" for key, value in result[name].items())
-        print(f"{name}: {told}")
+        print(f"{name}: {told}" if config.num_seeds == 1 else f"seed {config.seed}: {name}: {told}")
     return result

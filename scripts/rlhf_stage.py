@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from agents.rlhf.stage import Stage
@@ -40,6 +41,8 @@ class LoopConfig:
     """Rows of data per update."""
     seed: int = 0
     """Of first weights, order of the data and samples."""
+    num_seeds: int = 1
+    """Seeds trained in one program, `seed` the first; `{seed}` in a path stands for each."""
     log_every: int = 10
     """Updates between lines of metrics, each a mean over them."""
     save_every: int = 100
@@ -55,9 +58,14 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_whole(
-            self, "steps", "batch_size", "log_every", "save_every", "data_devices",
+            self, "steps", "batch_size", "num_seeds", "log_every", "save_every", "data_devices",
             "tensor_devices",
         )  # fmt: skip
+        if self.num_seeds > 1 and self.data_devices * self.tensor_devices > 1:
+            raise ValueError(
+                f"num_seeds: got {self.num_seeds} with {self.data_devices} x {self.tensor_devices} "
+                "devices, expected one of the two; run the seeds one after the other"
+            )
 
 
 class StageRun(NamedTuple):
@@ -68,7 +76,6 @@ class StageRun(NamedTuple):
       stage: the learner.
       given: what it does not change.
       batch: `(update) -> batch`, the same for the same update.
-      settings: what must be the same for a run to go on, as JSON.
       stop_when: `(metrics of an interval) -> reason` to end before the last update, or ''.
     """
 
@@ -76,21 +83,31 @@ class StageRun(NamedTuple):
     stage: Stage
     given: Any
     batch: Callable[[int], Any]
-    settings: Mapping[str, Any]
     stop_when: Callable[[Mapping[str, float]], str] = lambda metrics: ""
+
+
+def keys(loop: LoopConfig, number: int) -> Any:
+    """Return a typed key, or those of all seeds [S]: number 0 for the first weights, t for update
+    t, counted from 1.
+    """
+    if loop.num_seeds == 1:
+        return jax.random.fold_in(jax.random.key(loop.seed), number)
+    seeds = jnp.arange(loop.seed, loop.seed + loop.num_seeds)
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), number))(seeds)
 
 
 class StoppedError(Exception):
     """A signal has ended a run after a save."""
 
 
-def run_stage(run: StageRun, loop: LoopConfig, out: Path) -> Any:
+def run_stage(run: StageRun, loop: LoopConfig, out: Path, settings: Mapping[str, Any]) -> Any:
     """Train from the newest save to the end.
 
     Args:
       run: what to train.
       loop: for how long.
       out: folder of the run.
+      settings: what must be the same for a run to go on, as JSON.
 
     Returns:
       The state of the stage at its end.
@@ -101,20 +118,18 @@ def run_stage(run: StageRun, loop: LoopConfig, out: Path) -> Any:
     """
     out.mkdir(parents=True, exist_ok=True)
     with run_directory.Lock(out):
-        settings = {**run.settings, "loop": dataclasses.asdict(loop)}
+        settings = {**settings, "loop": dataclasses.asdict(loop)}
         del settings["loop"]["override_config"], settings["loop"]["tensorboard"]
         current = {**settings, "versions": run_directory.versions()}
         saved = run_directory.read_config(out)
         if saved is not None:
             run_directory.check_config(saved, current, HARMLESS, loop.override_config)
         run_directory.write_config(out, current)
-        # Typed keys of a run: 0 for its first weights, t + 1 for update t.
-        key = jax.random.key(loop.seed)
         begin = jax.jit(run.stage.init)
-        first = jax.eval_shape(begin, key, run.given)
+        first = jax.eval_shape(begin, keys(loop, 0), run.given)
         restored = checkpoint.restore(out / CHECKPOINTS, first)
         if restored is None:
-            state, step, ended = begin(jax.random.fold_in(key, 0), run.given), 0, ""
+            state, step, ended = begin(keys(loop, 0), run.given), 0, ""
         else:
             state, step = restored.tree, restored.step
             ended = restored.manifest["ended"]
@@ -128,7 +143,7 @@ def run_stage(run: StageRun, loop: LoopConfig, out: Path) -> Any:
             MetricsWriter(out, None if restored is None else step, loop.tensorboard) as log,
             run_directory.StopSignal() as stop,
         ):
-            return _train(run, loop, out, state, step, log, stop, key)
+            return _train(run, loop, out, state, step, log, stop)
 
 
 def spread(run: StageRun, state: Any, mesh: Any) -> tuple[StageRun, Any]:
@@ -142,7 +157,7 @@ def spread(run: StageRun, state: Any, mesh: Any) -> tuple[StageRun, Any]:
 
 def _train(
     run: StageRun, loop: LoopConfig, out: Path, state: Any, step: int, log: MetricsWriter,
-    stop: run_directory.StopSignal, key: Any,
+    stop: run_directory.StopSignal,
 ) -> Any:  # fmt: skip
     update = jax.jit(run.stage.step, donate_argnums=0)
     pending: list[Any] = []
@@ -152,7 +167,7 @@ def _train(
     with Progress(run.name, step, loop.steps, "update", told) as progress:
         while True:
             batch = run.batch(step)
-            state, metrics = update(state, run.given, batch, jax.random.fold_in(key, step + 1))
+            state, metrics = update(state, run.given, batch, keys(loop, step + 1))
             step += 1
             pending.append(metrics)
             reason = ""
@@ -160,7 +175,7 @@ def _train(
                 means = _means(pending)
                 means["seconds"] = time.perf_counter() - began
                 pending = []
-                log.write(step, means)
+                _write(log, step, means, loop.num_seeds)
                 _stop_if_diverged(out, means)
                 reason = run.stop_when(means)
                 if reason:
@@ -180,6 +195,15 @@ def _train(
 def _means(pending: list[Any]) -> dict[str, Any]:
     fetched = jax.device_get(pending)
     return {name: np.mean([m[name] for m in fetched], 0) for name in fetched[0]}
+
+
+def _write(log: MetricsWriter, step: int, means: Mapping[str, Any], num_seeds: int) -> None:
+    if num_seeds == 1:
+        log.write(step, means)
+        return
+    for seed in range(num_seeds):
+        mine = {name: x if np.ndim(x) == 0 else x[seed] for name, x in means.items()}
+        log.write(step, mine, seed=seed)
 
 
 def _save(out: Path, step: int, state: Any, ended: str, saved: int) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import envs
 from agents import AGENTS
 from agents.preferences import PreferencesConfig, with_preferences
+from envs.experience import read_experience
 from envs.host import HostEnv
 from mbrl import replay, spaces
 from mbrl.memory import readable
@@ -37,7 +38,6 @@ from mbrl.training.learner import (
     start_learners,
 )
 from mbrl.training.offline import run_offline
-from mbrl.training.recorded import read_records
 from mbrl.training.storage import Where
 from mbrl.types import MDP, Agent, EnvSpec, Record
 from scripts import config_json
@@ -196,7 +196,7 @@ def read_data(run: Run) -> Record | None:
     """
     if not run.data:
         return None
-    record = read_records(Path(run.data), run.spec)
+    record = read_experience(run.data, run.spec)
     streams, rows = record.reward.shape
     _check_replay(run, streams, streams * rows)
     return record

@@ -52,7 +52,7 @@ def speed(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     mbpo = {"epoch": _mbpo_epoch, "imagine": _imagining, "update": _mbpo_updates}
     rlhf = {
         "reward": _reward_step, "direct": _direct_step, "generate": _generation,
-        "ppo": _ppo_iteration, "members": _members, "rankings": _rankings,
+        "ppo": _ppo_iteration, "members": _members, "rankings": _rankings, "peers": _rlhf_peers,
     }  # fmt: skip
     kinds = {"dreamer": dreamer, "muzero": muzero, "ppo": ppo, "mbpo": mbpo, "rlhf": rlhf}
     parts = kinds.get(measured["benchmark"], planning)
@@ -249,6 +249,20 @@ def _step(task: str, setting: str, case: Mapping[str, Any], bound: str | None) -
 def _reward_step(case: Mapping[str, Any]) -> Iterable[Line]:
     setting = f"{case['pairs']} pairs x {case['tokens']} tokens"
     yield from _step("RLHF, step of the reward model", setting, case, "<= 0.45")
+
+
+def _rlhf_peers(cases: Mapping[str, Any]) -> Iterable[Line]:
+    for part, words in (
+        ("reward", "step of the reward model"), ("direct", "step of DPO"),
+        ("generate", "generation"), ("ppo", "iteration of PPO"),
+    ):  # fmt: skip
+        case, task = cases[part], f"RLHF, {words}"
+        yield task, "by TRL", "seconds", case["trl"]["median_seconds"], None
+        beside, metric = "in turns with TRL", "times faster than TRL"
+        yield task, beside, metric, case["times_faster"], ">= 1"
+        if part == "ppo":
+            shared = f"{beside}, critic on the policy"
+            yield task, shared, metric, case["shared_times_faster"], ">= 1.5"
 
 
 def _direct_step(case: Mapping[str, Any]) -> Iterable[Line]:

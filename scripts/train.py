@@ -48,7 +48,8 @@ class TrainConfig:
     steps: int = 2000
     """Environment steps per seed; with --data, updates per seed."""
     data: str = ""
-    """Train on the records of this .npz file (see `mbrl collect`), without an environment."""
+    """Train on recorded data without an environment: a .npz file (see `mbrl collect`), or
+    minari:NAME."""
     pixels: int = 0
     """Observe square images of so many pixels per side, drawn by the environment; 0 = no."""
     action_repeat: int = 1

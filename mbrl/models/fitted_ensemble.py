@@ -12,14 +12,20 @@ import jax.numpy as jnp
 import optax
 
 from mbrl import optim
+from mbrl.calibration import interval_coverage, interval_scale, mixture_cdf
 from mbrl.fitting import Fit, FitConfig, fit_members
 from mbrl.mdp import RewardFn, penalized, with_intrinsic_reward, with_reward
 from mbrl.models.posterior import PosteriorKind, posterior
 from mbrl.models.probabilistic import ProbabilisticEnsemble, Target, probabilistic_ensemble
 from mbrl.models.propagation import EnsembleState, Propagation, Weights
 from mbrl.settings import check_choice, check_whole, check_within
-from mbrl.types import MDP, Array, EnvSpec, Key, Metrics, Network
+from mbrl.types import MDP, Array, EnvSpec, Key, Metrics, Network, Transition
 from mbrl.uncertainty import UncertaintyKind, UncertaintyScale
+
+LEVEL = 0.95
+"""Central interval that recalibration makes right."""
+MAX_HELD = 1000
+"""Held-out transitions that it looks at, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,8 @@ class EnsembleConfig:
     """Share of transitions that is held out (MBPO: 0.2)."""
     bootstrap: bool = True
     """Resample the data per member (P)."""
+    recalibrate: bool = False
+    """Scale the predicted deviations of each target to what held-out transitions need."""
     dtype: str = "float32"
     """Precision of the matrix products, float32 or bfloat16."""
 
@@ -90,6 +98,11 @@ class EnsembleConfig:
                 f"elites must not exceed members, got {self.elites} > {self.members}; lower "
                 "elites or raise members"
             )
+        if self.recalibrate and isinstance(self.holdout, float) and self.holdout == 0.0:
+            raise ValueError(
+                "recalibrate needs transitions that were not learned from, got holdout 0.0; pass "
+                "for example --holdout 0.1"
+            )
 
 
 class FittedEnsemble(NamedTuple):
@@ -101,6 +114,22 @@ class FittedEnsemble(NamedTuple):
     opt_state: optax.OptState
     termination_opt_state: optax.OptState
     posterior: Weights | None = None
+
+
+class World(NamedTuple):
+    """What an agent believes of its task, without a penalty or a bonus for uncertainty.
+
+    Attributes:
+      model: the ensemble.
+      mdp: the model with the reward that the agent acts for.
+      params: `(state of the agent) -> parameters of mdp`.
+      ensemble: `(state of the agent) -> EnsembleState`.
+    """
+
+    model: ProbabilisticEnsemble
+    mdp: MDP
+    params: Callable[[Any], Any]
+    ensemble: Callable[[Any], EnsembleState]
 
 
 def build_ensemble(
@@ -135,6 +164,7 @@ def ensemble_world(
     config: EnsembleConfig,
     reward: RewardFn | None = None,
     penalty: float | Array = 0.0,
+    reports: bool = False,
 ) -> MDP:
     """Present a model as the `MDP` that `config` describes.
 
@@ -142,10 +172,11 @@ def ensemble_world(
       model: the functions of the ensemble.
       config: how it propagates, and what it calls uncertainty.
       reward: in place of the members' own, as in `mbrl.mdp.with_reward`.
-      penalty: per unit of uncertainty, see `mbrl.mdp.penalized`; at 0 none is computed.
+      penalty: per unit of uncertainty, see `mbrl.mdp.penalized`.
+      reports: compute uncertainty also where the penalty is 0.
     """
     uses_penalty = not (isinstance(penalty, float) and penalty == 0.0)
-    mdp = _world(model, config, reward, uses_penalty)
+    mdp = _world(model, config, reward, uses_penalty or reports)
     return penalized(mdp, penalty) if uses_penalty else mdp
 
 
@@ -256,6 +287,9 @@ def fit_ensemble(
     params = params._replace(elites=elites, termination=ending)
     metrics = part_metrics("model", fitted.opt_state, fitted.metrics)
     metrics |= part_metrics("termination", ending_fit.opt_state, ending_fit.metrics)
+    if config.recalibrate:
+        params, found = recalibrated(model, params, fit.data, valid & fit.held)
+        metrics |= found
     return FittedEnsemble(params, fitted.opt_state, ending_fit.opt_state, trained), metrics
 
 
@@ -274,6 +308,45 @@ def _fit_posterior(
     trained = params.weights
     members = law.sample(trained, params, fit.data, train, sample_key)
     return params._replace(weights=members), trained, fitted
+
+
+def recalibrated(
+    model: ProbabilisticEnsemble, state: EnsembleState, data: Transition, held: Array
+) -> tuple[EnsembleState, Metrics]:
+    """Scale the predicted deviations so that 95 % of held-out targets lie in their interval.
+
+    Args:
+      model: the functions of the ensemble.
+      state: fitted, its elites chosen; a scale that it has is fitted anew.
+      data: transitions [M, ...].
+      held: bool [M], rows that were not learned from. Of very many, some are looked at, evenly
+        spread over the ring.
+
+    Returns:
+      The state with its `scale`; the mean of it, and the coverage before.
+    """
+    state = state._replace(scale=jnp.ones_like(state.scale))
+    rows, known = _spread_rows(held, min(MAX_HELD, held.shape[0]))
+    part = jax.tree.map(lambda x: x[rows], data)
+    out = model.predict(state, part.obs, part.action)
+    mean, var = (x[state.elites] for x in out)  # those that will predict
+    target = model.target(state, part)
+    scale = interval_scale(mean, var, target, known, LEVEL)
+    before = interval_coverage(mixture_cdf(mean, var, target), jnp.asarray([LEVEL]), known)
+    metrics = {"model/scale": scale.mean(), "model/coverage": before.mean()}
+    return state._replace(scale=scale), metrics
+
+
+def _spread_rows(mask: Array, num: int) -> tuple[Array, Array]:
+    """Return indices [num] of true entries, evenly spread where there are more, and which are real.
+
+    The first ones would be the oldest, of a policy that is long gone.
+    """
+    count = mask.sum()
+    place = jnp.nonzero(mask, size=mask.shape[0], fill_value=0)[0]
+    index = jnp.arange(num)
+    share = (index * (count / num)).astype(jnp.int32)
+    return place[jnp.where(count > num, share, index)], index < count
 
 
 def part_metrics(part: str, opt_state: Any, metrics: Metrics) -> Metrics:

@@ -87,7 +87,7 @@ def hallucinated_mdp(
         real, choice = executed_action(spec.action, action), action[..., -size:]
         x = heads.features(flat, real)
         everyone = jnp.broadcast_to(x, (num_members, *x.shape))
-        members = heads.forward(state.weights, state.inputs, everyone)
+        members = heads.forward(state, state.weights, everyone)
         out: Prediction = take_elites(state, members, num_elites, num_members)
         choice = jnp.concatenate([choice, jnp.ones_like(choice[..., :1])], -1)
         target = out.mean.mean(0) + beta * choice * member_disagreement(members.mean)

@@ -1,4 +1,4 @@
-"""What a latent model predicts without looking, to be laid beside what happened."""
+"""What a model predicts without looking, to be laid beside what happened."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from mbrl import spaces
+from mbrl.mdp import rollout
 from mbrl.models.rssm import RSSM, Latent, RSSMState
-from mbrl.types import Array, Key, Record
+from mbrl.types import MDP, Array, Key, Params, Record
 
 STILL = 1e-12
 """Variance, as a share of the squared mean, that float32 may report of a constant."""
@@ -89,6 +90,48 @@ def open_loop(
         return jnp.moveaxis(jnp.concatenate([seen, dreamt], 1), 2, 0)
 
     return jax.tree.map(join, seen, jax.vmap(dream)(jax.random.split(dream_key, samples)))
+
+
+def open_loop_from_first(
+    mdp: MDP, params: Params, key: Key, record: Record, samples: int
+) -> OpenLoop:
+    """Imagine records from the first of them alone, with the recorded actions.
+
+    Args:
+      mdp: whose `init` takes observations; what they do not tell it does not know.
+      params: its parameters.
+      key: consumed.
+      record: [B, T, ...].
+      samples: independent continuations, Q.
+
+    Returns:
+      `OpenLoop`, whose first row is the first record.
+    """
+    streams, length = record.reward.shape
+
+    def every(x: Array) -> Array:  # samples first: what stays with one member stays with it
+        return jnp.broadcast_to(x, (samples, *x.shape)).reshape(-1, *x.shape[1:])
+
+    init_key, step_key = jax.random.split(key)
+    action = jax.tree.map(lambda x: every(jnp.asarray(x)), record.action)
+    start = mdp.init(params, init_key, jax.tree.map(lambda x: every(x[:, 0]), record.obs))
+
+    def recorded(key: Key, state: Any, t: Array) -> Any:
+        return jax.tree.map(lambda x: x[:, t], action)
+
+    final, steps = rollout(mdp, params, step_key, start, recorded, length - 1)
+    obs = jax.tree.map(
+        lambda x, y: jnp.concatenate([x, y[None]]), steps.obs, mdp.observe(params, final)
+    )
+    nothing = jnp.zeros((1, samples * streams))
+    reward = jnp.concatenate([nothing, steps.outcome.reward])
+    survival = jnp.concatenate([nothing + 1.0, steps.outcome.discount])
+
+    def sort(x: Array) -> Array:
+        x = x.reshape(length, samples, streams, *x.shape[2:])
+        return jnp.moveaxis(x, (0, 1, 2), (2, 1, 0))
+
+    return jax.tree.map(sort, OpenLoop(obs, reward, survival))
 
 
 class ErrorAhead(NamedTuple):

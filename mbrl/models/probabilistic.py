@@ -57,6 +57,8 @@ class ProbabilisticEnsemble(NamedTuple):
         nats: the mean log of each row's error, which a few discontinuities (contacts,
         resets) cannot dominate.
       predict: `(state, obs, action [B, ...]) -> Prediction` with a leading [N].
+      target: `(state, transition [B, ...]) -> [B, D + 1]`, what is to be predicted, in the same
+        standardized units.
       survival: `(state, next_obs [B, ...]) -> [N, B]` probability of not terminating there.
       mdp: `(propagation, uncertainty, kind, scale) -> MDP` whose parameters are `EnsembleState`;
         `uncertainty` says whether it is reported, `kind` and `scale` how, see `mbrl.uncertainty`.
@@ -71,6 +73,7 @@ class ProbabilisticEnsemble(NamedTuple):
     loss: Callable[[Weights, EnsembleState, Transition], tuple[Array, Metrics]]
     error: Callable[[Weights, EnsembleState, Transition, Array], Array]
     predict: Callable[[EnsembleState, Any, Array], Prediction]
+    target: Callable[[EnsembleState, Transition], Array]
     survival: Callable[[EnsembleState, Any], Array]
     mdp: Callable[..., MDP]
     hallucinated: Callable[[float | Array], MDP]
@@ -226,6 +229,7 @@ def probabilistic_ensemble(
             normalization.empty((codec.num_targets,)),
             jnp.arange(num_elites),
             termination.init(termination_key),
+            jnp.ones(codec.num_targets),
         )
 
     def standardize(state: EnsembleState, data: Transition, mask: Array) -> EnsembleState:
@@ -261,10 +265,16 @@ def probabilistic_ensemble(
         weight = mask / jnp.maximum(mask.sum(), 1.0)
         return jnp.sum(0.5 * jnp.log(squared + 1e-8) * weight, 1)
 
+    def recalibrated(state: EnsembleState, weights: Weights, x: Array) -> Prediction:
+        out = forward(weights, state.inputs, x)
+        return out._replace(var=state.scale**2 * out.var)
+
     def predict(state: EnsembleState, obs: Any, action: Array) -> Prediction:
         x = codec.features(spaces.flatten(spec.observation, obs), action)
-        x = jnp.broadcast_to(x, (num_members, *x.shape))
-        return forward(state.weights, state.inputs, x)
+        return recalibrated(state, state.weights, jnp.broadcast_to(x, (num_members, *x.shape)))
+
+    def target(state: EnsembleState, data: Transition) -> Array:
+        return normalization.normalize(state.targets, codec.regression(data)[1])
 
     def survival(state: EnsembleState, next_obs: Any) -> Array:
         flat = spaces.flatten(spec.observation, next_obs)
@@ -274,7 +284,7 @@ def probabilistic_ensemble(
     def decode(state: EnsembleState, flat: Array, target: Array) -> tuple[Array, Array]:
         return codec.apply(flat, normalization.denormalize(state.targets, target))
 
-    heads = Heads(codec.features, forward, decode, termination.survival)
+    heads = Heads(codec.features, recalibrated, decode, termination.survival)
 
     def mdp(
         propagation: Propagation = "ts1",
@@ -290,5 +300,5 @@ def probabilistic_ensemble(
         return hallucinated_mdp(spec, heads, num_members, num_elites, beta, report)
 
     return ProbabilisticEnsemble(
-        init, standardize, loss, error, predict, survival, mdp, hallucinated, termination
+        init, standardize, loss, error, predict, target, survival, mdp, hallucinated, termination
     )

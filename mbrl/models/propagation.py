@@ -36,6 +36,7 @@ class EnsembleState(NamedTuple):
       targets: moments of the regression targets [D + 1]; the last is the reward.
       elites: int32 [M], members that predict; all of them unless selected.
       termination: model of the end of an episode.
+      scale: [D + 1] factor of the predicted deviations; 1 until it is fitted to held-out rows.
     """
 
     weights: Weights
@@ -43,6 +44,7 @@ class EnsembleState(NamedTuple):
     targets: Moments
     elites: Array
     termination: TerminationState
+    scale: Array
 
 
 class Prediction(NamedTuple):
@@ -64,13 +66,14 @@ class Heads(NamedTuple):
 
     Attributes:
       features: `(flat [..., D], action) -> [..., F]` raw network input.
-      forward: `(weights, moments, features [N, R, F]) -> Prediction [N, R, ...]`.
+      forward: `(state, weights, features [N, R, F]) -> Prediction [N, R, ...]`, by weights that
+        may be those of the elites, with recalibrated variances.
       decode: `(state, flat, target [..., D + 1]) -> (next flat, reward)`.
       survival: see `TerminationModel`.
     """
 
     features: Callable[[Array, Array], Array]
-    forward: Callable[[Weights, Moments, Array], Prediction]
+    forward: Callable[[EnsembleState, Weights, Array], Prediction]
     decode: Callable[[EnsembleState, Array, Array], tuple[Array, Array]]
     survival: Callable[[TerminationState, Params, Array], Array]
 
@@ -162,7 +165,7 @@ def ensemble_mdp(
 
         def advance(rows: tuple[Array, Array]) -> Step:
             flat, x = rows
-            out = heads.forward(weights, state.inputs, x)
+            out = heads.forward(state, weights, x)
             target = perturb(noise_key, out.mean, jnp.sqrt(out.var))
             flat, reward = heads.decode(state, flat, target)
             return flat, reward, heads.survival(state.termination, ending, flat)
@@ -186,7 +189,7 @@ def ensemble_mdp(
         if alone and uncertainty is None:
             return _outcome(*sampled(state, key, flat, x), None)
         everyone = jnp.broadcast_to(x, (num_members, *x.shape))
-        members = heads.forward(state.weights, state.inputs, everyone)
+        members = heads.forward(state, state.weights, everyone)
         out = sampled(state, key, flat, x) if alone else mixture(state, key, flat, members)
         return _outcome(*out, None if uncertainty is None else uncertainty(state, members))
 

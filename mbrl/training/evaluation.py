@@ -12,7 +12,7 @@ import numpy as np
 from mbrl.mdp import episodic, timestep
 from mbrl.training.host import HostEnvironment, stack
 from mbrl.training.learner import AgentFactory, Hyper, over_seeds
-from mbrl.types import MDP, Array, Carry, Key, State, TimeStep
+from mbrl.types import MDP, Array, Carry, Key, Mode, State, TimeStep
 
 MAX_EPISODE_STEPS = 100_000
 """Length at which an episode on the host is taken to be endless."""
@@ -101,6 +101,81 @@ def evaluate_device(
     return np.asarray(jax.jit(over_seeds(play, keys.shape[0]))(agent_state, keys, hyper or {}))
 
 
+def evaluate_in_model(
+    factory: AgentFactory,
+    agent_state: State,
+    model: MDP,
+    params: Any,
+    keys: Key,
+    start_obs: Any,
+    members: int = 1,
+    hyper: Hyper | None = None,
+) -> np.ndarray:
+    """Predict the return of greedy episodes by a model: offline policy evaluation.
+
+    Reference: Fu et al. 2021 (arXiv:2103.16596), where the model is one of the methods.
+
+    Args:
+      factory: builds the agent.
+      agent_state: leaves [S, ...].
+      model: any decision process whose `init` takes observations, such as a learned one; its
+        `spec.max_episode_steps` cuts episodes.
+      params: its parameters.
+      keys: [S].
+      start_obs: observations [M, ...] that every member starts from.
+      members: models N that keep an equal share of the rows each, in order (an ensemble under
+        'tsinf'); what they disagree about is what the data does not say.
+      hyper: as in training.
+
+    Returns:
+      [S, N, M] undiscounted returns.
+
+    Raises:
+      ValueError: when the episodes have no maximal length.
+    """
+    num = jax.tree.leaves(start_obs)[0].shape[0]
+    starts = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * members), start_obs)
+
+    def init(params: Any, key: Key, obs: Any = None, batch: int = 1) -> State:
+        return model.init(params, key, starts)
+
+    at_starts = model._replace(init=init)
+    returns = evaluate_device(factory, agent_state, at_starts, keys, members * num, hyper, params)
+    return returns.reshape(-1, members, num)
+
+
+def host_actor(
+    factory: AgentFactory, keys: Key, num_envs: int, mode: Mode, hyper: Hyper
+) -> tuple[Carry, Callable[..., tuple[Key, Array, Carry]]]:
+    """Prepare agents that act in host environments without learning.
+
+    Args:
+      factory: builds the agent.
+      keys: [S].
+      num_envs: environments per seed.
+      mode: of `Agent.act`.
+      hyper: as in training.
+
+    Returns:
+      Carry [S, ...] to begin with, and a compiled `(keys, agent_state, carry, obs, is_first,
+      hyper) -> (keys, action, carry)`.
+    """
+
+    def act(
+        key: Key, state: State, carry: Carry, obs: Any, is_first: Array, hyper: Hyper
+    ) -> tuple[Key, Array, Carry]:
+        act_key, key = jax.random.split(key)
+        action, carry, _ = factory(hyper).act(state, carry, obs, is_first, act_key, mode)
+        return key, action, carry
+
+    def begin(hyper: Hyper, key: Key) -> Carry:
+        del key
+        return factory(hyper).begin(num_envs)
+
+    num_seeds = keys.shape[0]
+    return over_seeds(begin, num_seeds)(hyper, keys), jax.jit(over_seeds(act, num_seeds))
+
+
 def evaluate_host(
     factory: AgentFactory,
     agent_state: State,
@@ -135,20 +210,8 @@ def evaluate_host(
     num_envs = envs[0].num_envs
     rounds = -(-episodes // num_envs)
 
-    def act(
-        key: Key, state: State, carry: Carry, obs: Any, is_first: Array, hyper: Hyper
-    ) -> tuple[Key, Array, Carry]:
-        act_key, key = jax.random.split(key)
-        action, carry, _ = factory(hyper).act(state, carry, obs, is_first, act_key, "greedy")
-        return key, action, carry
-
-    def begin(hyper: Hyper, key: Key) -> Carry:
-        del key
-        return factory(hyper).begin(num_envs)
-
     hyper = hyper or {}
-    run_act = jax.jit(over_seeds(act, len(envs)))
-    carry = over_seeds(begin, len(envs))(hyper, keys)
+    carry, run_act = host_actor(factory, keys, num_envs, "greedy", hyper)
     now = stack([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)])
     running = np.zeros(now.reward.shape)
     returns: list[list[list[float]]] = [[[] for _ in range(num_envs)] for _ in envs]

@@ -24,7 +24,7 @@ from mbrl.training.learner import (
     over_seeds,
     start_learners,
 )
-from mbrl.types import Array, EnvSpec, Record
+from mbrl.types import Agent, Array, Batch, EnvSpec, Key, Record
 
 
 def run_offline(
@@ -62,7 +62,7 @@ def run_offline(
     _check(factory({k: v[0] for k, v in hyper.items()}), shape, config)
 
     def learn(learner: Learner, hyper: Hyper, num: Array) -> Any:
-        agent = factory(hyper)
+        agent = _without_news(factory(hyper))
         shapes = jax.eval_shape(lambda learner: learner_update(agent, learner)[1], learner)
         totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -93,6 +93,15 @@ def run_offline(
         done = {"learner": learner, "step": np.int64(step)}
         sent = yield Report(step, learner, fetch(metrics), Episodes(*none), lambda done=done: done)
         learner = learner if sent is None else sent
+
+
+def _without_news(agent: Agent) -> Agent:
+    """Let an agent know that no record has come since it last learned."""
+
+    def update(state: Any, batch: Batch, key: Key) -> Any:
+        return agent.update(state, batch._replace(newest=None), key)
+
+    return agent._replace(update=update)
 
 
 def _filled(ring: replay.Ring, record: Record) -> replay.Ring:

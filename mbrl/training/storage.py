@@ -84,7 +84,7 @@ class DeviceStorage:
 
         def read(ring: replay.Ring, key: Key) -> Any:
             batch = replay.sample(ring, key, spec)
-            return batch.valid if self._whole else batch
+            return batch._replace(record=None) if self._whole else batch
 
         def compiled(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
             return jax.jit(over_seeds(fn, num_seeds), **options)
@@ -101,7 +101,7 @@ class DeviceStorage:
         """Read a batch per seed; see `Storage`."""
         found = self._read(self._ring, keys)
         # A program that returned the ring itself would copy it.
-        return Batch(self._ring.record, found) if self._whole else found
+        return found._replace(record=self._ring.record) if self._whole else found
 
     def write_back(self, index: Any, values: Any) -> None:
         """Replace extras of a batch; see `Storage`."""

@@ -209,6 +209,7 @@ def on_device() -> Learner:
     assert report.step == (WARMUP + STEPS) * ENVS
     assert all(np.isfinite(x).all() for x in report.metrics.values())
     assert not report.metrics["model/skipped_updates"].any()
+    assert "model/exploitation" in report.metrics
     return report.learner
 
 

@@ -192,6 +192,23 @@ def test_pessimism_lowers_what_is_imagined_by_the_disagreement():
     np.testing.assert_allclose(bold - neutral, neutral - careful, rtol=1e-3)
 
 
+def test_imagined_episodes_end_where_the_model_knows_less_than_it_did_of_the_data():
+    learner, batch = ring(np.inf)
+
+    @jax.jit
+    def imagined(halt: Any) -> Any:
+        config = dataclasses.replace(TINY, halt=halt, halt_margin=3.0, train_ratio=0.025)
+        agent = make_mbpo(SPEC, dataclasses.replace(config, length=(3, 3)))
+        return agent.update(learner.agent, batch, KEY)[1]
+
+    never, seldom, often = (imagined(jnp.asarray(x)) for x in (0.0, 1.0, 0.2))
+    assert float(never["imagined/ended"]) < 0.01
+    assert never["imagined/ended"] <= seldom["imagined/ended"] < 0.3 < often["imagined/ended"]
+    # Steps after a halt do not count.
+    assert often["imagined/transitions"] < 0.7 * never["imagined/transitions"]
+    assert often["imagined/reward"] < seldom["imagined/reward"]
+
+
 def test_a_known_reward_replaces_the_recorded_one_everywhere():
     def given(obs: Any, action: Any, next_obs: Any) -> Any:
         return -2.0 - action[:, 0]
@@ -284,6 +301,11 @@ def test_an_update_before_the_first_transition_changes_no_weight():
         ({"length": (0, 1)}, r"length must be at least 1 step, got \(0, 1\).*--length 1 1"),
         ({"schedule": (5, 3)}, r"schedule must be .* got \(5, 3\).*--schedule 20000 100000"),
         ({"real_ratio": 1.5}, "real_ratio must be in"),
+        ({"halt": 1.5}, "halt must be in"),
+        (
+            {"halt": 0.9, "sac": dataclasses.replace(LEARNER, discount=1.0)},
+            "discount must be below 1 where imagined episodes halt",
+        ),
         ({"rollouts": 0}, "rollouts must be at least 1"),
         ({"train_ratio": 0.0}, "train_ratio must be in"),
         ({"holdout": 1.0}, "holdout must be in"),

@@ -76,6 +76,7 @@ def test_learns_from_any_space(spec):
     _, (before, after), metrics = learner(spec)
     assert all(np.isfinite(v) for v in metrics.values()), metrics
     assert metrics["model/skipped_updates"] == 0.0
+    assert "model/exploitation" in metrics
     moved = jax.tree.map(
         lambda a, b: float(jnp.abs(a - b).max()),
         before.agent.model.weights, after.agent.model.weights,

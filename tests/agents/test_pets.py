@@ -431,3 +431,23 @@ def test_samples_the_whole_replay():
     spec = pushed()[0].sampling
     assert (spec.kind, spec.capacity) == ("all", ROWS)
     assert replay.holdout_mask((1, ROWS), TINY.holdout).sum() > 0
+
+
+def test_plans_end_where_the_model_knows_less_than_it_did_of_the_data():
+    agent = make_pets(PUSH, dataclasses.replace(TINY, halt=0.9))
+    before, state, _ = trained(agent, batch_of(PUSH))
+    assert float(before.halt.threshold) == np.inf
+    assert 0.0 < float(state.halt.threshold) < np.inf
+    assert float(state.halt.penalty) > 0.0
+    obs, first = jnp.array([[0.5, 0.0]]), jnp.ones(1, bool)
+    act = jax.jit(
+        lambda state: agent.act(state, agent.begin(1), obs, first, jax.random.key(4), "explore")[0]
+    )
+    # Other weights lead elsewhere, unless all steps are unknown: then all plans are worth the same,
+    # whatever the model says.
+    weights = jax.tree.map(jnp.negative, state.model.weights)
+    models = state.model, state.model._replace(weights=weights)
+    for threshold, same in ((jnp.inf, False), (-1.0, True)):
+        halt = state.halt._replace(threshold=jnp.asarray(threshold))
+        one, other = (act(state._replace(model=model, halt=halt)) for model in models)
+        assert (distance(one, other) == 0.0) == same

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 
 import envs
-from mbrl.training.evaluation import evaluate_device, evaluate_host, statistics
+from mbrl.training.evaluation import (
+    evaluate_device,
+    evaluate_host,
+    evaluate_in_model,
+    statistics,
+)
 from mbrl.training.learner import seed_keys
-from mbrl.types import Agent, SampleSpec, TimeStep
+from mbrl.types import MDP, Agent, Outcome, SampleSpec, TimeStep
 from tests.mbrl.toys import counter_mdp
 
 
@@ -229,3 +234,33 @@ def test_gymnasium_episodes_end_with_their_true_return():
     assert returns[0].tolist() == [lengths[0][0], lengths[1][0], lengths[2][0], *(
         lengths[e][1] for e in (0, 1)
     )]  # fmt: skip
+
+
+def test_every_member_predicts_the_return_of_the_same_episodes():
+    """Three members pay differently; an episode ends at 3, or after five steps."""
+    spec = counter_mdp(5).spec
+
+    def init(params: Any, key: Any, obs: Any = None, batch: int = 1) -> Any:
+        assert obs is not None
+        return obs
+
+    def step(params: Any, key: Any, state: Any, action: Any) -> Any:
+        member = jnp.arange(len(state)) * 3 // len(state)
+        after = state.at[:, 0].add(action[:, 0])
+        alive = (after[:, 0] < 3.0).astype(jnp.float32)
+        return after, Outcome(params[member] * after[:, 0], alive, None)
+
+    model = MDP(init, step, lambda params, state: state, spec)
+    starts, pay = jnp.array([[0.0, 0.0], [2.0, 0.0]]), jnp.array([1.0, 2.0, -1.0])
+
+    def act(obs: Any, carry: Any, mode: Any, state: Any) -> Any:
+        assert mode == "greedy"
+        return jnp.broadcast_to(state, (obs.shape[0], 1))
+
+    # One agent moves by 1, until 3; the other stays, until time is up.
+    found = evaluate_in_model(
+        policy(act), jnp.array([1.0, 0.0]), model, pay, seed_keys((0, 1)), starts, 3
+    )
+    assert found.shape == (2, 3, 2)
+    np.testing.assert_allclose(found[0], pay[:, None] * np.array([1.0 + 2.0 + 3.0, 3.0]))
+    np.testing.assert_allclose(found[1], pay[:, None] * np.array([0.0, 10.0]))

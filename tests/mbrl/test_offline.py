@@ -108,6 +108,14 @@ BAD = {
     "pickled objects": (spoil("reward", lambda x: x.astype(object)), ["plain arrays"]),
     "NaN": (spoil("obs/inner/x", put((1, 3, 0), np.nan)), ["obs/inner/x[1, 3, 0]", "nan"]),
     "an infinite reward": (spoil("reward", put((0, 2), np.inf)), ["reward[0, 2]", "inf"]),
+    "a number too large": (spoil("reward", put((0, 2), 1e300)), ["reward[0, 2]", "float32"]),
+    "no streams": (lambda a: a.update({k: x[:0] for k, x in a.items()}), ["(0, 9)", "E >= 1"]),
+    "no transition": (
+        lambda a: a.update(
+            is_first=np.ones((2, 9), bool), is_last=np.ones((2, 9), bool)
+        ),
+        ["no transition"],
+    ),
     "an action too large": (spoil("action/push", put((0, 1), 1.5)), ["action/push[0, 1, 0]"]),
     "an action too small": (spoil("action/push", put((0, 1), -2.5)), ["action/push[0, 1, 0]"]),
     "no such choice": (spoil("action/key", put((1, 8), 5)), ["action/key[1, 8]", "5"]),
@@ -133,6 +141,7 @@ def test_data_that_cannot_be_right_are_refused(name, tmp_path):
     with np.load(file) as saved:
         arrays = dict(saved)
     change, words = BAD[name]
+    arrays["reward"] = arrays["reward"].astype(np.float64)
     change(arrays)
     np.savez(file, **arrays)
     with pytest.raises(ValueError, match=r"data\.npz") as error:
@@ -153,6 +162,27 @@ def test_a_file_that_is_none_is_refused(content, tmp_path):
         file.write_bytes(content)
     with pytest.raises(ValueError, match=r"data\.npz: (expected recorded data|damaged)"):
         read_records(file, SPEC)
+
+
+@pytest.mark.fault
+def test_no_damage_is_read_as_other_numbers(tmp_path):
+    file, record = tmp_path / "data.npz", records(length=60)
+    write_records(file, record)
+    whole = file.read_bytes()
+    rng, refused, untouched = np.random.default_rng(0), 0, 0
+    for _ in range(150):
+        spoiled = bytearray(whole)
+        spoiled[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        file.write_bytes(spoiled[: rng.integers(len(whole))] if rng.random() < 0.2 else spoiled)
+        try:
+            back = read_records(file, SPEC)
+        except ValueError as error:
+            refused += "data.npz: " in str(error)
+        else:  # in a part of the file that nothing depends on
+            jax.tree.map(np.testing.assert_array_equal, back, record)
+            untouched += 1
+    assert refused + untouched == 150
+    assert refused > 100
 
 
 @pytest.mark.fault

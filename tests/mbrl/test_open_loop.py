@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mbrl import spaces
-from mbrl.models.open_loop import error_ahead, open_loop
+from mbrl.models.open_loop import error_ahead, open_loop, open_loop_from_first
 from mbrl.models.rssm import RSSM, Latent, RSSMConfig, RSSMState, rssm
 from mbrl.types import MDP, Discrete, EnvSpec, Outcome, Record
 
@@ -237,3 +237,27 @@ def test_what_never_changes_has_no_error():
     for pooled in (False, True):
         model, constant = ahead(still, still + 1.0, np.ones((2, 3), bool), 1, [1], pooled=pooled)
         assert np.isnan(model).all() and np.isnan(constant).all()
+
+
+def test_from_the_first_record_on_actions_are_all_that_is_told():
+    """x' = x + a + c, where the constant c belongs to the sample; the reward is x'."""
+
+    def init(params, key, obs=None, batch=1):
+        return obs, jnp.arange(obs.shape[0]) // B
+
+    def step(params, key, state, action):
+        moved = state[0] + action + state[1][:, None]
+        return (moved, state[1]), Outcome(moved[:, 0], 0.5 * jnp.ones(len(moved)), None)
+
+    mdp = MDP(init, step, lambda params, state: state[0], linear(0.0).mdp.spec)
+    record = recorded()
+    found = jax.jit(lambda r: open_loop_from_first(mdp, None, jax.random.key(0), r, 3))(record)
+    assert found.obs.shape == (B, 3, T, 1)
+    first, action = np.asarray(record.obs)[:, :1], np.asarray(record.action)[:, :-1]
+    for sample in range(3):
+        moved = np.cumsum(np.concatenate([first, action + sample], 1), 1)
+        np.testing.assert_allclose(found.obs[:, sample], moved, rtol=1e-5)
+        np.testing.assert_allclose(found.reward[:, sample, 1:], moved[:, 1:, 0], rtol=1e-5)
+    np.testing.assert_array_equal(found.reward[..., 0], 0.0)
+    np.testing.assert_array_equal(found.survival[..., 0], 1.0)
+    np.testing.assert_array_equal(found.survival[..., 1:], 0.5)

@@ -51,6 +51,28 @@ def test_reports_between_sessions_do_not_take_the_place_of_sessions(tmp_path: Pa
     assert "falls from 90% to 75%" in capsys.readouterr().err
 
 
+def gaps(step: int, *gap: float) -> Report:
+    nothing: Any = None
+    found = {"exploitation": gap, "predicted_return": [50.0] * len(gap), "realized_return": gap}
+    metrics = {f"model/{name}": np.asarray(x, float) for name, x in found.items()}
+    return Report(step, nothing, metrics, nothing, lambda: None)
+
+
+def test_a_model_that_is_exploited_is_told_once(tmp_path: Path, capsys):
+    alarms = Alarms(tmp_path)
+    # The first seed is wrong in its favour now and then, the second always from step 2 on.
+    for step in range(9):
+        alarms.check(gaps(step, 3.0 if step % 4 else 0.0, 2.0 if step > 1 else np.nan))
+        assert ("warning" in capsys.readouterr().err) == (step == 5)
+
+
+def test_a_model_that_errs_to_both_sides_or_is_cautious_is_not_exploited(tmp_path: Path, capsys):
+    alarms = Alarms(tmp_path)
+    for step in range(40):
+        alarms.check(gaps(step, 5.0 * (-1) ** step, -9.0, 0.9))
+    assert capsys.readouterr().err == ""
+
+
 def test_runs_without_preferences_and_before_the_first_update(tmp_path: Path, capsys):
     alarms = Alarms(tmp_path)
     alarms.check(report(1))

@@ -12,7 +12,14 @@ import jax
 import pytest
 
 from agents.presets import preset
-from scripts import bench_peers, bench_planning, bench_ppo, benchmarks_page, results
+from scripts import (
+    bench_peers,
+    bench_planning,
+    bench_ppo,
+    bench_rlhf,
+    benchmarks_page,
+    results,
+)
 from scripts.cli import run
 from scripts.peers import mbrl_lib
 
@@ -191,6 +198,48 @@ print(json.dumps(answer))
     rows = results.speed(result | {"quick": False})
     targets = [(row["value"], row["target"]) for row in rows if row["target"]]
     assert targets == [(20.0, ">= 20"), (5.0, ">= 5")]
+
+
+def test_steps_of_rlhf_beside_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, out = tmp_path / "log", tmp_path / "x.json"
+    text = f"""#!{sys.executable}
+import json, sys
+with open({str(log)!r}, "a") as log:
+    print(json.dumps(sys.argv[1:]), file=log)
+answer = {{"versions": {{"trl": "1.12.0"}}}}
+if "--check" not in sys.argv:
+    answer |= {{"seconds": [3.0, 6.0, 9.0]}}
+print(json.dumps(answer))
+"""
+    medians = iter([2.0, 4.0, 3.0, 1.5, 12.0, 12.0, 6.0, 8.0])
+
+    def timed(sizes: Any, repeats: int) -> dict[str, Any]:
+        assert repeats == 3
+        return {"median_seconds": next(medians)}
+
+    def iteration(sizes: Any, repeats: int) -> dict[str, Any]:
+        separate = next(medians)
+        return {
+            name: {"median_seconds": separate / n} for n, name in ((1, "separate"), (2, "shared"))
+        }
+
+    for name in ("reward", "direct", "generate"):
+        monkeypatch.setattr(bench_rlhf, f"{name}_case", timed)
+    monkeypatch.setattr(bench_rlhf, "ppo_case", iteration)
+    python = script(tmp_path / "python", text)
+    argv = ["rlhf", "--python", python, "--out", str(out), "--repeats", "3", "--quick"]
+    assert bench_peers.main(argv) == 0
+    calls = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    assert calls[0][1:] == [str(bench_peers.FOLDER / "trl.py"), "--check"]
+    assert [call[2] for call in calls[1:]] == [
+        f"--part={part}" for part in ("reward", "direct", "generate", "ppo")
+    ]
+    quick = bench_rlhf.quick_sizes()
+    sizes = {f"--prompt={quick.prompt}", f"--response={quick.response}", f"--batch={quick.batch}"}
+    assert all(sizes <= set(call) for call in calls[1:])
+    rows = results.speed(json.loads(out.read_text("utf-8")) | {"quick": False})
+    ratios = [(row["value"], row["target"]) for row in rows if row["target"]]
+    assert ratios == [(3.0, ">= 1"), (4.0, ">= 1"), (0.5, ">= 1"), (1.0, ">= 1"), (2.0, ">= 1.5")]
 
 
 def test_settings_of_stable_baselines3_are_those_of_the_preset() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from mbrl.training import checkpoint
-from scripts import runs
+from scripts import model_env, runs
 from tests.scripts.test_train import TINY, call
 
 pytestmark = pytest.mark.usefixtures("same_versions")
@@ -48,6 +50,59 @@ def test_the_file_holds_the_records_of_every_seed(data):
     np.testing.assert_allclose(np.square(arrays["obs"][..., :2]).sum(-1), 1.0, rtol=1e-5)
 
 
+def test_fresh_steps_are_those_of_the_agent_as_it_was_saved(data, tmp_path, capsys):
+    run, out = str(data.parent.parent / "run"), tmp_path / "fresh.npz"
+    argv = ["collect", run, "--out", str(out), "--steps", "410", "--num-envs", "2"]
+    assert call(*argv, "--mode", "random") == 0
+    assert "820 records, 4 ended episodes" in capsys.readouterr().out
+    with np.load(out) as file:
+        assert file["reward"].shape == (4, 205)
+        assert 1.0 < file["action"].std() < 1.3  # uniform in [-2, 2]
+        np.testing.assert_array_equal(file["is_last"].sum(1), 1)
+
+
+def test_a_model_predicts_what_an_agent_earns_and_others_train_inside_of_it(
+    data, capsys, monkeypatch
+):
+    run = str(data.parent.parent / "run")
+    assert call("evaluate", run, "--in-model", run, "--episodes", "3", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert -2500 < found["return_mean"] < 0
+    assert set(found["predicted"]["seeds"]) == {"0", "1"}
+    for seed in found["predicted"]["seeds"].values():
+        assert len(seed["members"]) == 2
+        assert np.isclose(seed["return_mean"], np.mean(seed["members"]))
+        assert seed["members_std"] > 0.0
+
+    seen: dict[str, Any] = {}
+
+    class Stay:
+        """An agent of another package, that has learned not to move."""
+
+        def __init__(self, policy: str, env: Any, **settings: Any) -> None:
+            seen.update(env=env, seed=settings["seed"])
+
+        def learn(self, steps: int) -> Any:
+            obs, _ = seen["env"].reset(seed=0)
+            seen.update(steps=steps, first=obs)
+            return self
+
+        def predict(self, obs: Any, deterministic: bool) -> Any:
+            return np.zeros(1, np.float32), None
+
+    other = types.SimpleNamespace(SAC=Stay)
+    monkeypatch.setitem(sys.modules, "stable_baselines3", other)
+    written = model_env.study(model_env.ModelEnvConfig(run, "", "sac", 7, 2, 5))
+    assert (seen["steps"], seen["seed"]) == (7, 5)
+    with np.load(data) as file:
+        starts = file["obs"][0][file["is_first"][0]]
+    assert np.isclose(seen["first"], starts).all(-1).any()
+    inside, outside, blind = written["returns"].values()
+    assert len(inside["returns"]) == 2
+    assert outside["mean"] != inside["mean"]
+    assert all(x["mean"] < 0 for x in (outside, blind))
+
+
 def test_a_run_on_records_resumes_and_is_evaluated_without_them(data, tmp_path, capsys):
     copy = Path(shutil.copy(data, tmp_path / "data.npz"))
     assert offline(copy, tmp_path / "whole", 3, "--eval-episodes", "2") == 0
@@ -73,6 +128,8 @@ def test_a_run_on_records_resumes_and_is_evaluated_without_them(data, tmp_path, 
         (["train", "pets", "--env", "device/CartPole", "--data", "DATA"], ["obs", "(2, 60, 4)"]),
         (["collect", "nothing", "--out", "x.npz"], ["nothing", "config.json"]),
         (["collect", "nothing", "--out", "x.csv"], ["--out", "x.csv", ".npz"]),
+        (["collect", "nothing"], ["--out", "--to-minari"]),
+        (["collect", "nothing", "--out", "x.npz", "--steps", "-1"], ["--steps", "-1"]),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(argv, words, data, tmp_path, capsys):

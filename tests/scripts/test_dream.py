@@ -26,7 +26,7 @@ from scripts.cli import run as run_job
 MINIMAL = ("--episodes", "3", "--length", "12")
 
 
-def save(folder: Path, env: str, agent: str = "dreamer") -> Path:
+def save(folder: Path, env: str, agent: str = "dreamer", **settings: Any) -> Path:
     """Write a run as `mbrl train` does, with weights drawn at random."""
     rng = np.random.default_rng(0)
 
@@ -37,13 +37,14 @@ def save(folder: Path, env: str, agent: str = "dreamer") -> Path:
             return rng.uniform(0.0, 0.1, x.shape).astype(x.dtype)
         return np.zeros(x.shape, x.dtype)
 
-    config, driver = AGENTS[agent].config(capacity=2000), DriverConfig(100, 1, (3,), 10)
+    settings = settings or {"capacity": 2000}
+    config, driver = AGENTS[agent].config(**settings), DriverConfig(100, 1, (3,), 10)
     job = runs.build(agent, config, env, driver)
     snapshot = jax.tree.map(draw, runs.snapshot_like(job, {}))
     checkpoint.save(folder / runs.CHECKPOINTS, 100, snapshot, runs.manifest_of(snapshot))
-    settings = {"agent": agent, "env": env, "config": config_json.to_json(config), "steps": 100}
-    settings |= {"seeds": [3], "num_envs": 1, "log_every": 10, "on_bad": "raise"}
-    run_directory.write_config(folder, settings)
+    saved = {"agent": agent, "env": env, "config": config_json.to_json(config), "steps": 100}
+    saved |= {"seeds": [3], "num_envs": 1, "log_every": 10, "on_bad": "raise"}
+    run_directory.write_config(folder, saved)
     return folder
 
 

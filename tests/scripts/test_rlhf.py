@@ -8,16 +8,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mbrl.training import checkpoint, run_directory
 from mbrl.training.text_data import read_text
-from scripts import benchmarks_page, cli, rankings_study, results, rlhf, rlhf_jobs, rlhf_use
+from scripts import (
+    benchmarks_page,
+    cli,
+    pursuit,
+    rankings_study,
+    results,
+    rlhf,
+    rlhf_jobs,
+    rlhf_use,
+)
 from scripts.rlhf_models import load_model, load_reward
 from scripts.rlhf_pipeline import PipelineConfig
-from scripts.rlhf_stage import CHECKPOINTS
+from scripts.rlhf_stage import CHECKPOINTS, LoopConfig
 
 pytestmark = pytest.mark.usefixtures("same_versions")
 
@@ -98,6 +108,40 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(made: Path, tmp_path: 
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
     steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+def test_seeds_of_one_program_are_those_of_one_each(made: Path, tmp_path: Path) -> None:
+    argv = ["--config", str(made.parent / "config.json"), "--out", str(tmp_path), "--no-direct"]
+    assert call("run", *argv, "--seed", "0", "--num-seeds", "2") == 0
+    several = load_model(str(tmp_path / "sft" / "seed_0")).params
+    for mine, alone in zip(
+        jax.tree.leaves(several), jax.tree.leaves(load_model(str(made / "sft")).params), strict=True
+    ):
+        np.testing.assert_allclose(mine, alone, rtol=1e-4, atol=1e-5)
+    other = load_model(str(tmp_path / "sft" / "seed_1")).params
+    assert any(
+        not np.allclose(a, b)
+        for a, b in zip(jax.tree.leaves(several), jax.tree.leaves(other), strict=True)
+    )
+    golds = [
+        json.loads((tmp_path / f"seed_{seed}" / "result.json").read_text())["ppo"]["gold"]["mean"]
+        for seed in range(2)
+    ]
+    alone = json.loads((made / "result.json").read_text())["ppo"]["gold"]["mean"]
+    assert abs(golds[0] - alone) < 1e-3
+    assert golds[1] != golds[0]
+    first, second = pursuit.load(tmp_path, "run")
+    assert first.label == "run, seed 0" and list(first.series["update"]) == [2]
+    assert second.series["score"] != first.series["score"]
+
+
+def test_what_seeds_cannot_share_is_refused(made: Path, tmp_path: Path, capsys: Any) -> None:
+    flags = ["--data", str(made / "data/train/prompts.jsonl"), "--model", str(made / "sft")]
+    flags += ["--reward", str(made / "reward"), "--out", str(tmp_path), "--loop.num-seeds", "2"]
+    assert call("ppo", *flags, "--kl-budget", "1.0") == 2
+    assert "kl_budget: got 1 with 2 seeds" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="num_seeds: got 2 with 2 x 1 devices"):
+        LoopConfig(num_seeds=2, data_devices=2)
 
 
 def test_a_stop_saves_and_says_so(
