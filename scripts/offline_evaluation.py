@@ -4,8 +4,8 @@
     --figure docs/offline_evaluation.png
 
 The policies are those of one run of SAC at equal distances, the data is what that run has recorded,
-the model the ensemble that PETS plans with. Every member predicts by itself, from the same starts
-as in the task; what they disagree about is the band.
+the model the ensemble that PETS plans with. Every member predicts by itself, from the starts that
+the policies have in the task too; what they disagree about is the band.
 
 Reference: Fu et al. 2021 (arXiv:2103.16596).
 """
