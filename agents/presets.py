@@ -135,7 +135,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("dreamer", "InvertedPendulum-v5"): _SMALL | _LONG,
     ("dreamer", "Acrobot-v1"): _SMALL,
     ("dreamer", "dm_control/cartpole-balance-v0"): _SMALL | _LONG,
-    ("dreamer", "device/Catch"): _SPARSE | {"train_ratio": 1.0},
+    ("dreamer", "device/Catch"): _SPARSE,
     ("dreamer", "device/PixelCatch"): _SPARSE | _LONG,
     ("dreamer", "device/PixelGridWorld"): _SPARSE,
     ("dreamer", "device/MemoryChain"): _SPARSE,
