@@ -9,6 +9,7 @@ recorded ones have begun. What was trained there is judged there and in the task
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -116,7 +117,7 @@ def train(config: ModelEnvConfig, env: gym.Env[Any, Any]) -> Any:
       ValueError: where Stable-Baselines3 is not installed.
     """
     try:
-        import stable_baselines3 as sb3
+        sb3: Any = importlib.import_module("stable_baselines3")
     except ImportError as error:
         raise ValueError(f'{error}; install it with: pip install "modelrl[bench]"') from error
     settings: dict[str, Any] = {
