@@ -117,7 +117,7 @@ def train(config: ModelEnvConfig, env: gym.Env[Any, Any]) -> Any:
       ValueError: where Stable-Baselines3 is not installed.
     """
     try:
-        sb3 = importlib.import_module("stable_baselines3")
+        sb3: Any = importlib.import_module("stable_baselines3")
     except ImportError as error:
         raise ValueError(f'{error}; install it with: pip install "modelrl[bench]"') from error
     settings: dict[str, Any] = {

@@ -32,6 +32,7 @@ import envs
 from agents.pets import PETSConfig, make_pets
 from agents.presets import preset
 from agents.sac import make_sac
+from mbrl.calibration import rank_correlation
 from mbrl.models.fitted_ensemble import build_ensemble
 from mbrl.training import run_directory
 from mbrl.training.device import run_device
@@ -137,15 +138,12 @@ def summary(real: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
     return {
         "real": mean.tolist(),
         "members": members.tolist(),
-        "rank_correlation": rank_correlation(members.mean(1), mean),
+        "rank_correlation": float(
+            rank_correlation(jnp.asarray(members.mean(1)), jnp.asarray(mean))
+        ),
         "mean_absolute_error": float(np.abs(members.mean(1) - mean).mean()),
         "within_band": float(between.mean()),
     }
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Spearman's correlation of two vectors without ties."""
-    return float(np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1])
 
 
 def report(written: Mapping[str, Any]) -> str:
