@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,11 +70,13 @@ def draw(
         _draw_reliability(next(axes), found, varies)
         for steps, pair in returns.items():
             _draw_returns(next(axes), pair, steps)
-        draw_error(next(axes), scene)
+        shown = [next(axes)]
+        draw_error(shown[0], scene)
         for line in panels:
-            panel = next(axes)
-            draw_line(panel, line, scene.context)
-        handles, labels = panel.get_legend_handles_labels()
+            shown.append(next(axes))
+            draw_line(shown[-1], line, scene.context)
+        legends = [panel.get_legend_handles_labels() for panel in (shown[-1], shown[0])]
+        handles, labels = (list(itertools.chain(*found)) for found in zip(*legends, strict=True))
         for spare in axes:
             spare.set_axis_off()
         text = f"{scene.title}: {len(scene.valid)} fresh episodes; open loop in episode {row + 1}"
@@ -102,9 +105,9 @@ def _draw_reliability(axes: Any, found: Calibration, varies: np.ndarray) -> None
 
 def _draw_returns(axes: Any, returns: Returns, steps: int) -> None:
     told_of = told(returns)
-    title = f"return over {steps} step{'s' if steps > 1 else ''}"
+    title = f"return, {steps} step{'s' if steps > 1 else ''}"
     if told_of["correlation"] is not None:
-        title += f": correlation {told_of['correlation']:.2f}, gap {told_of['gap']:+.2f} sd"
+        title += f": r = {told_of['correlation']:.2f}, gap {told_of['gap']:+.2f} sd"
     if told_of["number"]:
         ends = [float(f(x)) for f, x in ((np.min, np.stack(returns)), (np.max, np.stack(returns)))]
         axes.plot(ends, ends, ":", color=INK, lw=1.2)
