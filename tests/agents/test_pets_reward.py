@@ -61,7 +61,6 @@ def test_trains_in_one_program_over_seeds_and_follows_its_reward(source: str) ->
         for name, value in report.metrics.items():
             if name not in COMPARED:  # unknown until there is a model
                 assert np.all(np.isfinite(value)), name
-    assert all(np.isfinite(report.metrics[name]).all() for name in COMPARED)
     learned = report.learner.agent
     for leaf in jax.tree.leaves(learned):
         assert np.all(np.isfinite(leaf))
