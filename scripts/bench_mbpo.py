@@ -15,6 +15,7 @@ from agents.mbpo import MBPOConfig, MBPOState, make_mbpo
 from agents.presets import preset
 from agents.sac import SACState, make_learner
 from mbrl import replay, spaces
+from mbrl.exploitation import newest_exploitation
 from mbrl.imagination import branches
 from mbrl.mdp import episodic, timestep
 from mbrl.mixing import Pool, mixed, pool
@@ -27,7 +28,7 @@ from mbrl.training.learner import (
     learner_update,
     sample_key,
 )
-from mbrl.types import Key, Mode
+from mbrl.types import Key, Metrics, Mode
 from scripts.bench import GEMM, QUICK_GEMM
 from scripts.flops import count_flops
 from scripts.timing import beside_gemm, warm_seconds
@@ -77,6 +78,7 @@ class Model(NamedTuple):
     sac: SACState
     real: Pool
     imagined: Pool
+    metrics: Metrics
 
 
 class Programs(NamedTuple):
@@ -127,19 +129,22 @@ def programs(config: MBPOConfig) -> Programs:
 
     def model(learner: Learner) -> Model:
         batch = replay.sample(learner.ring, sample_key(learner), agent.sampling)
-        model_key, ending_key, start_key, branch_key = jax.random.split(learner.key, 4)
+        model_key, ending_key, gap_key, start_key, branch_key = jax.random.split(learner.key, 5)
         data, valid = replay.transitions(batch)
         num_envs, rows = batch.valid.shape
         held = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
         fit = Fitter(optimizer, data, valid & held)
         state = learner.agent
-        fitted, _ = fit_ensemble(
+        fitted, metrics = fit_ensemble(
             ensemble, config, state.ensemble, fit, valid, model_key, ending_key
+        )
+        metrics |= newest_exploitation(
+            mdp, state.ensemble.model, gap_key, batch, data, config.train_every, state.calls > 0
         )
         real = pool(data._replace(is_terminal=1.0 * data.is_terminal), valid)
         starts = real.draw(start_key, config.rollouts).obs
         found = rollouts(state._replace(ensemble=fitted), starts, branch_key)
-        return Model(state.sac, real, pool(*found))
+        return Model(state.sac, real, pool(*found), metrics)
 
     def learn(state: SACState, key: Key, real: Pool, imagined: Pool) -> tuple[SACState, Key]:
         draw_key, learn_key, key = jax.random.split(key, 3)
@@ -185,7 +190,7 @@ def call_by_call(built: Programs, config: MBPOConfig) -> Callable[[DeviceState],
     def run(state: DeviceState) -> Any:
         for _ in range(config.train_every):
             state = step(state)
-        sac, real, imagined = model(state.learner)
+        sac, real, imagined, _ = model(state.learner)
         key = state.key
         for _ in range(num_updates(config)):
             sac, key = learn(sac, key, real, imagined)
@@ -235,7 +240,7 @@ def imagine(sizes: Sizes, repeats: int) -> dict[str, Any]:
 def update(sizes: Sizes, repeats: int) -> dict[str, Any]:
     """Measure the updates of an epoch alone, in one call and call by call in turns."""
     built, begun = start(sizes)
-    sac, real, imagined = jax.jit(built.model)(begun.learner)
+    sac, real, imagined, _ = jax.jit(built.model)(begun.learner)
     learn = jax.jit(built.learn, donate_argnums=0)
     num = num_updates(sizes.config)
 

@@ -62,8 +62,8 @@ def load(folder: Path, label: str) -> list[Pursuit]:
     names += ("gold",) if all("gold" in line for line in lines) else ()
     names += ("step",)
     found = []
-    for seed in dict.fromkeys(line["seed"] for line in lines):
-        mine = [line for line in lines if line["seed"] == seed]
+    for seed in dict.fromkeys(line.get("seed") for line in lines):
+        mine = [line for line in lines if line.get("seed") == seed]
         series = {name: np.array([line[name] for line in mine]) for name in names}
         series["update"] = series.pop("step")
         found.append(Pursuit(label if seed is None else f"{label}, seed {seed}", series))

@@ -90,7 +90,8 @@ def test_the_checker_of_gymnasium_says_nothing_that_it_does_not_say_of_the_twin(
     mdp = registry.DEVICE[id]()
     pendulum, cartpole = ("Pendulum-v1", 1), ("CartPole-v1", 2)
     twins = {
-        "device/Pendulum": pendulum, "device/CartPole": cartpole, "device/CartPoleFixed": cartpole,
+        "device/Pendulum": pendulum, "device/PendulumSparse": pendulum,
+        "device/CartPole": cartpole, "device/CartPoleFixed": cartpole,
     }  # fmt: skip
     twin, warned = twins.get(id, ("", 0))
     expected = gym_warnings(twin) if twin else set()

@@ -339,7 +339,8 @@ def test_the_memory_of_replay_elsewhere_is_that_of_its_place(place, on_gpu, monk
     driver = DriverConfig(10, seeds=(0, 1, 2))
     job = runs.build("pets", config, "Pendulum-v1", driver, replay=place)
     ring = 3 * (2000 * (4 * 5 + 3) + 2 * 4)
-    batch = 3 * 2000 * (4 * 5 + 4)  # all of it, and which rows start a transition
+    # All of it, which rows start a transition, and which is the newest.
+    batch = 3 * (2000 * (4 * 5 + 4) + 4)
     learner = start_learners(job.factory, job.spec, driver, {})
     agent = sum(leaf.nbytes for leaf in jax.tree.leaves(learner.agent))
     on_host = {"host": 2, "disk": 1}[place] * ring + batch + (0 if on_gpu else agent + batch)
