@@ -12,8 +12,6 @@ Reference: Gao et al. 2022 (arXiv:2210.10760); Coste et al. 2023 (arXiv:2310.027
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
 import time
 from functools import partial
@@ -35,11 +33,11 @@ from mbrl.preferences.best_of_n import best_of_n, best_of_n_kl
 from mbrl.preferences.evaluation import accuracy
 from mbrl.preferences.overoptimization_fit import fit_course
 from mbrl.settings import check_whole, check_within
-from mbrl.training import run_directory
 from mbrl.types import Array, Key, Params
 from mbrl.uncertainty import risk
-from scripts import best_of_n_figure, results
+from scripts import best_of_n_figure
 from scripts.cli import parse, run
+from scripts.studies import spread, write_study
 
 RULES = ("single", "mean", "worst", "uwo")
 """How the scores of the members become one; 'single' is the mean over members of what each of
@@ -134,21 +132,16 @@ def main(argv: list[str]) -> int:
         seeds.append(jax.device_get(program(jax.random.key(seed))))
         print(f"seed {seed}: {time.perf_counter() - clocks[0]:.0f} s", flush=True)
     found = jax.tree.map(lambda *x: np.stack(x).astype(float), *seeds)
-    versions = run_directory.versions()
-    written = {
+    written = write_study(config.out, {
         "config": dataclasses.asdict(config),
         "seconds": time.perf_counter() - clocks[0],
         "processor_seconds": time.process_time() - clocks[1],
-        **results.origin(versions), "commit": versions.get("commit", "unknown"),
-        "date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0)),
         "n": draws(config).tolist(), "kl": divergence(config).tolist(),
         "variants": {
             name: summary(config, {key: x[:, i] for key, x in found.items()})
             for i, name in enumerate(VARIANTS)
         },
-    }  # fmt: skip
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+    })  # fmt: skip
     print(report(written))
     if config.figure:
         best_of_n_figure.draw(written, Path(config.figure))
@@ -299,10 +292,6 @@ def in_chunks(fn: Any, tokens: Array) -> Array:
 
 def summary(config: BestOfNConfig, found: dict[str, np.ndarray]) -> dict[str, Any]:
     """Reduce the seeds: means with standard errors, fits, and comparisons within each seed."""
-
-    def spread(values: np.ndarray) -> dict[str, Any]:
-        error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * values[0]
-        return {"mean": values.mean(0).tolist(), "error": np.asarray(error).tolist()}
 
     distance = jnp.sqrt(divergence(config))
     out: dict[str, Any] = {name: spread(values) for name, values in found.items()}

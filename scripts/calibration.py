@@ -14,8 +14,6 @@ half by a planner on the simulator itself. It is judged
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -46,11 +44,11 @@ from mbrl.models.propagation import EnsembleState
 from mbrl.normalization import MIN_STD
 from mbrl.planning import PlannerConfig, planner
 from mbrl.settings import check_whole, check_within
-from mbrl.training import run_directory
 from mbrl.types import MDP, Array, Batch, Key, Record, Transition, reset_rows
 from mbrl.uncertainty import member_disagreement
-from scripts import calibration_figure, results
+from scripts import calibration_figure
 from scripts.cli import parse, run
+from scripts.studies import write_study
 
 WAYS = ("as fitted", "recalibrated", "by likelihood")
 """The deviations that are judged: those of the networks, those scaled by `interval_scale`, which
@@ -101,18 +99,13 @@ def main(argv: list[str]) -> int:
         for seed in range(config.seeds):
             found[task].append(as_json(jax.device_get(seeds(jax.random.key(seed)))))
             print(f"{task}, seed {seed}: {time.perf_counter() - clocks[0]:.0f} s", flush=True)
-    versions = run_directory.versions()
-    written = {
+    written = write_study(config.out, {
         "config": dataclasses.asdict(config),
         "command": f"python scripts/calibration.py --out {config.out} --figure {config.figure}",
         "seconds": time.perf_counter() - clocks[0],
         "processor_seconds": time.process_time() - clocks[1],
-        **results.origin(versions), "commit": versions.get("commit", "unknown"),
-        "date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0)),
         "intervals": INTERVALS, "levels": LEVELS, "tasks": found,
-    }  # fmt: skip
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+    })  # fmt: skip
     print(report(written))
     if config.figure:
         calibration_figure.draw(written, Path(config.figure))

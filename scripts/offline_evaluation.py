@@ -13,8 +13,6 @@ Reference: Fu et al. 2021 (arXiv:2103.16596).
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -34,15 +32,14 @@ from agents.presets import preset
 from agents.sac import make_sac
 from mbrl.calibration import rank_correlation
 from mbrl.models.fitted_ensemble import build_ensemble
-from mbrl.training import run_directory
 from mbrl.training.device import run_device
 from mbrl.training.evaluation import evaluate_in_model
 from mbrl.training.learner import DriverConfig, seed_keys
 from mbrl.training.offline import run_offline
 from mbrl.training.recorded import in_order
 from mbrl.types import MDP, Record
-from scripts import results
 from scripts.cli import parse, run
+from scripts.studies import write_study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +69,12 @@ def main(argv: list[str]) -> int:
     env = envs.make(config.env)
     assert isinstance(env, MDP)
     steps, real, predicted = study(config, env)
-    versions = run_directory.versions()
-    written = {
+    written = write_study(config.out, {
         "command": "python scripts/offline_evaluation.py",
         "config": dataclasses.asdict(config) | {"out": "", "figure": ""},
-        "processor_seconds": round(time.process_time() - began), **results.origin(versions),
-        "commit": versions.get("commit", "unknown"), "date": time.strftime("%Y-%m-%d"),
-        "cores": len(os.sched_getaffinity(0)), "steps": steps,
+        "processor_seconds": round(time.process_time() - began), "steps": steps,
         **summary(real, predicted),
-    }  # fmt: skip
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+    })  # fmt: skip
     print(report(written))
     if config.figure:
         draw(written, Path(config.figure))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -35,15 +34,14 @@ from agents.pets import PETSConfig, make_pets
 from agents.presets import preset
 from agents.sac import make_sac
 from mbrl.planning import PlannerConfig
-from mbrl.training import run_directory
 from mbrl.training.collection import collect_device
 from mbrl.training.device import run_device
 from mbrl.training.evaluation import evaluate_device
 from mbrl.training.learner import DriverConfig, Report, seed_keys
 from mbrl.training.offline import run_offline
 from mbrl.types import MDP, Record
-from scripts import results
 from scripts.cli import parse, run
+from scripts.studies import write_study
 
 AGENTS = ("cem", "mbpo")
 
@@ -101,17 +99,13 @@ def main(argv: list[str]) -> int:
 
 def write(config: PessimismConfig, began: tuple[float, float], found: Mapping[str, Any]) -> None:
     """Write what has been found, and how."""
-    versions = run_directory.versions()
-    written = {
+    write_study(config.out, {
         "command": "python scripts/pessimism.py",
         "config": dataclasses.asdict(config) | {"out": "", "figure": ""},
         "seconds": round(time.perf_counter() - began[0]),
         "processor_seconds": round(time.process_time() - began[1]),
-        **results.origin(versions), "commit": versions.get("commit", "unknown"),
-        "date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0)), **found,
-    }  # fmt: skip
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+        **found,
+    })  # fmt: skip
 
 
 def narrow(config: PessimismConfig, env: MDP) -> tuple[Record, np.ndarray]:

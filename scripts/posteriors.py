@@ -12,7 +12,6 @@ import dataclasses
 import json
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,11 +33,10 @@ from mbrl.models.fitted_ensemble import (
 )
 from mbrl.models.posterior import PosteriorKind
 from mbrl.models.probabilistic import predicted_variance
-from mbrl.training import run_directory
 from mbrl.types import EnvSpec, Transition
-from scripts import results
 from scripts.cli import parse, run
 from scripts.figures import COLOURS, INK, STYLE, finish
+from scripts.studies import write_study
 
 SPEC = EnvSpec("curve", spaces.box(-np.inf, np.inf, (1,)), spaces.box(-1.0, 1.0, (1,)))
 NOISE = 0.1
@@ -70,16 +68,13 @@ def main(argv: list[str]) -> int:
     """Run the job."""
     config = parse(CurveConfig, argv, "posteriors.py")
     curves = {kind: curve(config, kind) for kind in get_args(PosteriorKind)}
-    versions = run_directory.versions()
-    written = {
+    written = write_study(config.out, {
         "command": f"python scripts/posteriors.py {shlex.join(argv)}",
-        "config": dataclasses.asdict(config), **results.origin(versions),
-        "commit": versions.get("commit", "unknown"), "date": time.strftime("%Y-%m-%d"),
+        "config": dataclasses.asdict(config),
         "found": {kind: summary(*found) for kind, found in curves.items()},
-    }  # fmt: skip
+    })  # fmt: skip
     for kind, found in written["found"].items():
         print(kind, json.dumps(found), flush=True)
-    Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
     if config.figure:
         draw(config, curves)
     return 0

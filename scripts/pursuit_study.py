@@ -15,7 +15,6 @@ Reference: Gao et al. 2022 (arXiv:2210.10760); Coste et al. 2023 (arXiv:2310.027
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from functools import partial
@@ -35,13 +34,13 @@ from mbrl.preferences import grammar
 from mbrl.preferences.best_of_n import best_of_n, best_of_n_kl
 from mbrl.preferences.overoptimization_fit import Pursuit, fit_course, summit
 from mbrl.settings import check_whole, check_within
-from mbrl.training import run_directory
 from mbrl.types import Array
 from mbrl.uncertainty import RiskKind, risk
-from scripts import pursuit, pursuit_study_figure, results, rlhf_jobs
+from scripts import pursuit, pursuit_study_figure, rlhf_jobs
 from scripts.cli import parse, run
 from scripts.rlhf_models import load_model, load_reward
 from scripts.rlhf_pipeline import PipelineConfig
+from scripts.studies import spread, write_study
 
 TEXT = rlhf_jobs.TextConfig(grammar.MAX_PROMPT, grammar.MAX_ANSWER)
 TRAINED = {
@@ -123,13 +122,8 @@ def main(argv: list[str]) -> int:
         courses = pursue(config, root, name, arm, seeds)
         written["ppo"][name] = told(courses, config.budget)
         print(line(name, written), flush=True)
-    versions = run_directory.versions()
-    written |= {
-        "seconds": time.perf_counter() - began, **results.origin(versions),
-        "commit": versions.get("commit", "unknown"), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+    written["seconds"] = time.perf_counter() - began
+    written = write_study(config.out, written)
     if config.figure:
         pursuit_study_figure.draw(written, Path(config.figure))
     return 0
@@ -246,13 +240,6 @@ def shape(distance: np.ndarray, gold: np.ndarray, kind: Pursuit) -> dict[str, An
         "rise": spread(gold.max(1) - gold[:, 0]),
         "fall": spread(gold.max(1) - gold[:, -1]),
     }
-
-
-def spread(values: np.ndarray) -> dict[str, Any]:
-    """Return mean and standard error over seeds, the leading axis."""
-    values = np.asarray(values, float)
-    error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0 * values[0]
-    return {"mean": values.mean(0).tolist(), "error": np.asarray(error).tolist()}
 
 
 def line(name: str, written: dict[str, Any]) -> str:

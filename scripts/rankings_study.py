@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -36,11 +35,10 @@ from mbrl.preferences.evaluation import accuracy, log_loss
 from mbrl.preferences.teachers import TeacherConfig
 from mbrl.text_batches import BatchConfig, epoch, text_loader
 from mbrl.text_rows import TokenRow, encode_rows
-from mbrl.training import run_directory
-from scripts import results
 from scripts.cli import parse, run
 from scripts.rlhf_jobs import at_update
 from scripts.rlhf_models import LanguageModel, load_model
+from scripts.studies import write_study
 
 WAYS = ("ranking", "ranking, as many evaluations as pairs", "pairs")
 SHAPE = (grammar.MAX_PROMPT, grammar.MAX_ANSWER)
@@ -75,13 +73,10 @@ def main(argv: list[str]) -> int:
         by_rate[str(rate)] = [study(config, language, way, rate, s) for s in range(config.seeds)]
         losses = [one["log_loss"] for one in by_rate[str(rate)]]
         print(f"{way}, step size {rate:g}: held-out log-loss {np.mean(losses):.4f}", flush=True)
-    versions = run_directory.versions()
-    written = {
+    write_study(config.out, {
         "config": dataclasses.asdict(config) | {"run": "runs/rlhf"},
-        **results.origin(versions), "commit": versions.get("commit", "unknown"),
-        "date": time.strftime("%Y-%m-%d"), "found": found,
-    }  # fmt: skip
-    Path(config.out).write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+        "found": found,
+    })  # fmt: skip
     return 0
 
 
