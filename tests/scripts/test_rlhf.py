@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -130,6 +131,19 @@ def test_seeds_of_one_program_are_those_of_one_each(made: Path, tmp_path: Path) 
     alone = json.loads((made / "result.json").read_text())["ppo"]["gold"]["mean"]
     assert abs(golds[0] - alone) < 1e-3
     assert golds[1] != golds[0]
+    config = rlhf.merged(PipelineConfig(), SMALL, "test")
+    train = tmp_path / "data" / "seed_1" / "train"
+    lone = rlhf_jobs.reward(rlhf_jobs.RewardJob(
+        str(train / "rankings.jsonl"), str(tmp_path / "sft/seed_1"), str(train / "prompts.jsonl"),
+        str(tmp_path / "lone"), config.text, dataclasses.replace(config.reward.loop, seed=1),
+        config.reward.learner,
+    ))  # fmt: skip
+    for mine, alone in zip(
+        jax.tree.leaves(load_reward(str(tmp_path / "reward/seed_1")).state),
+        jax.tree.leaves(load_reward(str(lone)).state),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, alone, rtol=1e-3, atol=1e-4)
     first, second = pursuit.load(tmp_path, "run")
     assert first.label == "run, seed 0" and list(first.series["update"]) == [2]
     assert second.series["score"] != first.series["score"]
