@@ -34,7 +34,7 @@ from scripts import bench
 from scripts import bench_planning as planning
 from scripts import bench_ppo as ppo
 from scripts import bench_rlhf as rlhf
-from scripts.cli import parse, run
+from scripts.cli import parse, run, use_large_pages
 from scripts.timing import gemm_rate
 
 Case = dict[str, Any]
@@ -306,4 +306,5 @@ def ask(python: str, peer: Peer, flags: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    use_large_pages()  # both sides: the other library inherits the environment
     sys.exit(run(main))
