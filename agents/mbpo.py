@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -79,7 +80,8 @@ class MBPOConfig(EnsembleConfig):
     """Reward subtracted per standard deviation of model disagreement (MOPO); < 0 is optimism."""
     explore: Literal["reward", "disagreement"] = "reward"
     """What a policy that explores is after: the same as in evaluation, or the disagreement of the
-    members alone (Plan2Explore, OPAX): a policy of its own, imagined data alone, twice the time."""
+    members alone (Plan2Explore, OPAX): a policy of its own, from imagined data alone, that takes
+    turns with the other one. It doubles the time of an update."""
     halt: float = 0.0
     """Share of the recorded steps whose disagreement the model is trusted at; imagined episodes end
     beyond it (MOReL). 1 trusts the worst of them, 0 never halts."""
@@ -122,6 +124,14 @@ class MBPOConfig(EnsembleConfig):
             )
 
 
+class Explorer(NamedTuple):
+    """A policy that is after the disagreement of the members."""
+
+    sac: SACState
+    acts: Array
+    """[] whether it acts until the next update, and not the policy that is evaluated."""
+
+
 class MBPOState(NamedTuple):
     """Everything MBPO learns."""
 
@@ -129,8 +139,8 @@ class MBPOState(NamedTuple):
     sac: SACState
     calls: Array
     """Updates so far, from which the length of rollouts follows."""
-    explorer: SACState | None = None
-    """What acts while exploring, if it is not `sac`."""
+    explorer: Explorer | None = None
+    """What takes turns with `sac` while exploring."""
 
 
 def world(spec: EnvSpec, config: MBPOConfig) -> World:
@@ -180,18 +190,19 @@ def make_mbpo(
     def init(key: Key) -> MBPOState:
         model_key, sac_key, *more = jax.random.split(key, 2 if explored is mdp else 3)
         ensemble = init_ensemble(model, optimizer, model_key)
-        explorer = learner.init(*more) if more else None
+        explorer = Explorer(learner.init(*more), jnp.ones((), bool)) if more else None
         return MBPOState(ensemble, learner.init(sac_key), jnp.zeros((), jnp.int32), explorer)
 
     def act(
         state: MBPOState, carry: Any, obs: Any, is_first: Array, key: Key, mode: Mode
     ) -> tuple[Any, Any, Any]:
-        exploring = state.explorer if mode == "explore" else None
-        sac = state.sac if exploring is None else exploring
+        sac, explorer = state.sac, state.explorer
+        if mode == "explore" and explorer is not None:
+            sac = jax.tree.map(partial(jnp.where, explorer.acts), explorer.sac, sac)
         return choose(spec, learner, sac, obs, is_first, key, mode), carry, ()
 
     def update(state: MBPOState, batch: Batch, key: Key) -> tuple[MBPOState, Metrics, None]:
-        model_key, ending_key, gap_key, *keys = jax.random.split(key, 6 if explored is mdp else 9)
+        model_key, ending_key, gap_key, *keys = jax.random.split(key, 6 if explored is mdp else 10)
         data, valid = replay.transitions(batch)
         data = rewarded(data, reward_fn)
         num_envs, rows = batch.valid.shape
@@ -250,8 +261,10 @@ def make_mbpo(
         explorer = state.explorer
         if explorer is not None:
             # Recorded rewards are not what it is after: it learns from imagined ones alone.
-            explorer, learned = improve(explorer, explored, 0.0, *keys[3:])
+            curious, learned = improve(explorer.sac, explored, 0.0, *keys[3:6])
             metrics["explorer/reward"] = learned["imagined/reward"]
+            # Where it has led the other policy goes on, and meets the errors of its own critics.
+            explorer = Explorer(curious, jax.random.bernoulli(keys[6]))
         return MBPOState(ensemble, sac, state.calls + 1, explorer), metrics, None
 
     def policy_of(sac: SACState) -> Callable[[Key, Any], Any]:

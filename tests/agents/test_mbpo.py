@@ -122,17 +122,32 @@ def test_an_explorer_learns_from_imagined_disagreement_and_acts_while_exploring(
     np.testing.assert_array_equal(curious.reward, curious.uncertainty)
     assert np.all(curious.reward > 0)
 
-    other = state._replace(sac=state.explorer, explorer=state.sac)
     first = jnp.ones(6, bool)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def act(state: Any, mode: Any) -> Any:
-        return agent.act(state, (), obs, first, KEY, mode)[0]
+    @functools.partial(jax.jit, static_argnums=3)
+    def act(sac: Any, explorer: Any, acts: bool, mode: Any) -> Any:
+        now = state._replace(sac=sac, explorer=mbpo.Explorer(explorer, jnp.asarray(acts)))
+        return agent.act(now, (), obs, first, KEY, mode)[0]
 
-    for mode, mine in (("greedy", "sac"), ("explore", "explorer")):
-        same = state._replace(**{name: getattr(state, mine) for name in ("sac", "explorer")})
-        np.testing.assert_array_equal(act(state, mode), act(same, mode))
-        assert np.any(act(state, mode) != act(other, mode))
+    one, two = state.sac, state.explorer.sac
+    mine, others = act(one, one, False, "greedy"), act(two, two, False, "greedy")
+    assert np.any(mine != others)
+    for acts in (False, True):  # turns are of exploring alone
+        np.testing.assert_array_equal(act(one, two, acts, "greedy"), mine)
+    mine, others = act(one, one, False, "explore"), act(two, two, False, "explore")
+    assert np.any(mine != others)
+    np.testing.assert_array_equal(act(one, two, False, "explore"), mine)
+    np.testing.assert_array_equal(act(one, two, True, "explore"), others)
+
+
+def test_an_explorer_takes_turns_with_the_policy_that_is_evaluated():
+    agent = make_mbpo(SPEC, dataclasses.replace(TINY, explore="disagreement", max_epochs=1))
+    state, batch = jax.jit(agent.init)(KEY), ring()[1]
+    update = jax.jit(agent.update)
+    turns = [
+        bool(update(state, batch, jax.random.key(seed))[0].explorer.acts) for seed in range(12)
+    ]
+    assert 1 <= sum(turns) <= 11
 
 
 def test_branches_begin_where_episodes_go_on_and_a_share_of_what_is_learned_is_real(monkeypatch):
