@@ -85,7 +85,7 @@ class TokenPPOConfig:
     """Divide rewards by their deviation, without moving their mean."""
     risk: RiskKind = "mean"
     """What the scores of an ensemble amount to, see `mbrl.uncertainty`."""
-    pessimism: float = 0.5
+    risk_coef: float = 0.5
     """Coefficient of `risk`."""
     pretraining: float = 0.0
     """Weight of the supervised loss beside PPO's (PPO-ptx)."""
@@ -255,9 +255,8 @@ def judge(
     kl = divergence(model, config, given.base, params, written)
     scores = reward.scores(given.reward, tokens, mask)
     ended = jnp.any(response & (tokens[:, -length:] == eos), 1)
-    score = token_policy.penalize_unended(
-        risk(scores, config.risk, config.pessimism), ended, config.unended, config.unended_replaces
-    )
+    pursued = risk(scores, config.risk, config.risk_coef)
+    score = token_policy.penalize_unended(pursued, ended, config.unended, config.unended_replaces)
     if config.advantage == "gae":
         rewards = token_policy.token_rewards(kl, score, response, state.kl_coef)
         if config.whiten_rewards:
@@ -278,7 +277,7 @@ def judge(
     metrics = {
         "kl": kl.sum(1).mean(),
         "kl_coef": state.kl_coef,
-        "score": scores.mean(),
+        "score": pursued.mean(),
         "score/penalized": score.mean(),
         "score/spread": scores.std(0).mean(),
         "length": weight.sum(1).mean(),
