@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from agents.rlhf.ppo import TokenPPOConfig
 from mbrl.models.generation import generate
 from mbrl.preferences import grammar
 from mbrl.preferences.best_of_n import best_of_n, best_of_n_kl
@@ -151,13 +152,19 @@ def pursue(
     """Let PPO pursue a reward for all seeds."""
     step = PipelineConfig().ppo
     out = root / "pursuit" / f"ppo-{name.replace(' ', '-').replace(',', '')}"
-    learner = dataclasses.replace(step.learner, kl_coef=0.0, risk=arm.rule, risk_coef=UWO_COEF)
     rlhf_jobs.ppo(rlhf_jobs.PPOJob(
         str(root / "data/seed_{seed}/train/prompts.jsonl"), str(root / "sft/seed_{seed}"),
         str(root / f"pursuit/reward-{arm.reward}/seed_{{seed}}"), gold="grammar", out=str(out),
-        text=TEXT, loop=_loop(step.loop, seeds, config.steps), learner=learner,
+        text=TEXT, loop=_loop(step.loop, seeds, config.steps),
+        learner=pursuer(arm),
     ))  # fmt: skip
     return pursuit.load(out, name)
+
+
+def pursuer(arm: Arm) -> TokenPPOConfig:
+    """Return the settings of PPO that pursues a reward whatever it costs in divergence."""
+    learner = PipelineConfig().ppo.learner
+    return dataclasses.replace(learner, kl_coef=0.0, risk=arm.rule, risk_coef=UWO_COEF)
 
 
 def _loop(loop: Any, seeds: list[int], steps: int) -> Any:
