@@ -50,10 +50,10 @@ def test_what_a_budget_leaves_of_the_peak() -> None:
 
 
 def test_the_figure_has_a_column_per_arm(tmp_path: Path) -> None:
-    n = 2 ** np.arange(5)
+    n = jnp.asarray(2 ** np.arange(5))
     best: dict[str, Any] = {
         "n": n.tolist(),
-        "kl": np.asarray(best_of_n_kl(jnp.asarray(n))).tolist(),
+        "kl": np.asarray(best_of_n_kl(n)).tolist(),
     }
     values = spread(np.stack([np.arange(5.0), np.arange(5.0) + 1]))
     found = {"config": {"budget": 1.0}, "best_of_n": best, "ppo": {}}
