@@ -53,12 +53,14 @@ def load_model(folder: str, **changes: Any) -> LanguageModel:
     """
     path = _found(folder, MODEL, hugging_face.CONFIG)
     tokenizer = load_tokenizer(path)
-    loaded = hugging_face.load(path)
-    if tokenizer.vocab > loaded.config.vocab:
+    rows = hugging_face.read_shape(path).vocab
+    if tokenizer.vocab > rows:
         raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab} tokens and the model "
-            f"{loaded.config.vocab}, expected no more of them; do these files belong together?"
+            f"{path}: the tokenizer has {tokenizer.vocab} tokens and the model {rows}, expected no "
+            "more of them; do these files belong together?"
         )
+    # Rows of the table that no token has, as padded vocabularies have them, get no probability.
+    loaded = hugging_face.load(path, vocab=tokenizer.vocab)
     config = dataclasses.replace(loaded.config, **changes)
     return LanguageModel(transformer(config), loaded.params, tokenizer)
 

@@ -33,7 +33,7 @@ from scripts.rlhf_stage import CHECKPOINTS, LoopConfig
 pytestmark = pytest.mark.usefixtures("same_versions")
 
 SMALL = {
-    "architecture": {"layers": 1, "width": 16, "heads": 2},
+    "architecture": {"layers": 1, "width": 16, "heads": 2, "padding_rows": 3},
     "sft": {"loop": {"steps": 4, "batch_size": 8, "save_every": 2, "tensorboard": False}},
     "reward": {
         "loop": {"steps": 2, "batch_size": 4, "tensorboard": False}, "learner": {"members": 2},
@@ -240,7 +240,9 @@ def test_a_reward_model_is_judged_by_category(made: Path, tmp_path: Path, capsys
 
 def test_what_is_saved_is_what_was_trained(made: Path) -> None:
     language, loaded = load_model(str(made / "ppo")), load_reward(str(made / "reward"))
+    # The embedding has three rows more than there are tokens; nobody ever writes them.
     assert language.tokenizer.vocab == language.model.config.vocab == 61
+    assert language.params["embed"].shape == (64, 16)
     assert loaded.state.head.shape == (2, 16)
     # The unit of the scores was taken from responses of the reference.
     assert not np.allclose(loaded.state.gain, 1.0)
