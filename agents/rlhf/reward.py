@@ -141,7 +141,8 @@ def reward_loss(
 
     def one(scores: Array, rank: Array, margin: Array) -> Array:
         if config.loss == "ranking":
-            nll = plackett_luce_nll(scores, rank)
+            # A sum over K - 1 choices: their mean, so that long rankings weigh no more.
+            nll = plackett_luce_nll(scores, rank) / jnp.maximum(jnp.sum(rank >= 0) - 1, 1)
         else:
             nll = pair_nll(scores, rank, margin, config.smoothing, config.uniform)
         return nll + config.centering * centering_loss(scores, rank)
