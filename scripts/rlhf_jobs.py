@@ -107,6 +107,8 @@ class RewardJob:
     text: TextConfig = TextConfig()
     loop: LoopConfig = LoopConfig()
     learner: RewardConfig = RewardConfig()
+    normalize_first: bool = False
+    """Give those responses mean 0 and deviation 1 before training, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,18 +191,19 @@ def reward(job: RewardJob) -> Path:
 
 def _reward(job: RewardJob) -> Prepared:
     language, folder = _begin_with(job), Path(job.out) / REWARD
-    rows = _rows_for(language, job.data, "rankings", job.text)
+    rows = prompts = _rows_for(language, job.data, "rankings", job.text)
+    if job.prompts:
+        prompts = _rows_for(language, job.prompts, "prompts", job.text)
     loader = answers_loader(rows, job.text, job.loop)
     given, stage = RewardGiven(language.params), make_reward(language.model, job.learner)
+    if job.normalize_first:
+        given = given._replace(responses=_responses(language, prompts, job))
 
     def save(state: Any, update: int) -> Path:
         if reward_update(folder) == update:
             return folder
-        prompts = rows
-        if job.prompts:
-            prompts = _rows_for(language, job.prompts, "prompts", job.text)
-        scored = reward_of(language.model, job.learner)
-        result = _normalized(scored, stage.result(state, given), language, prompts, job)
+        scored, result = reward_of(language.model, job.learner), stage.result(state, given)
+        result = _normalized(scored, result, *_responses(language, prompts, job))
         kind = job.learner.kind
         save_reward(folder, language.model.config, kind, result, model_path(job.model), update)
         return folder
@@ -209,22 +212,29 @@ def _reward(job: RewardJob) -> Prepared:
     return Prepared(run, language.model.config, save)
 
 
-def _normalized(
-    reward: TokenReward, state: TokenRewardState, language: LanguageModel,
-    rows: Sequence[TokenRow], job: RewardJob,
-) -> TokenRewardState:  # fmt: skip
-    """Give scores their unit: responses of the reference have mean 0 and deviation 1."""
+def _responses(
+    language: LanguageModel, rows: Sequence[TokenRow], job: RewardJob
+) -> tuple[Array, Array]:
+    """Answer some prompts by the model that a stage begins with; tokens and mask [R, T]."""
     batch = next(prompt_batches(rows, job.text, NORMALIZED_ON, job.loop.seed))
 
     @jax.jit
-    def normalize(params: Any, state: TokenRewardState, tokens: Array, mask: Array) -> Any:
-        written = generate(
+    def write(params: Any, tokens: Array, mask: Array) -> Any:
+        return generate(
             language.model, params, jax.random.key(job.loop.seed), tokens, mask,
             job.text.max_answer, eos=language.tokenizer.eos,
         )  # fmt: skip
-        return reward.normalize(state, reward.scores(state, written.tokens, written.mask))
 
-    return normalize(language.params, state, batch.tokens[:, 0], batch.mask[:, 0])
+    written = write(language.params, batch.tokens[:, 0], batch.mask[:, 0])
+    return written.tokens, written.mask
+
+
+@partial(jax.jit, static_argnums=0)
+def _normalized(
+    reward: TokenReward, state: TokenRewardState, tokens: Array, mask: Array
+) -> TokenRewardState:
+    """Give scores their unit: responses of the reference have mean 0 and deviation 1."""
+    return reward.normalize(state, reward.scores(state, tokens, mask))
 
 
 def ppo(job: PPOJob) -> Path:

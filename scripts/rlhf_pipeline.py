@@ -41,6 +41,8 @@ class RewardStep:
     learner: RewardConfig = RewardConfig(
         members=3, tuning=TuningConfig(learning_rate=1e-3, warmup=20, anneal=200)
     )
+    normalize_first: bool = False
+    """Scores have their unit before training, too, see RewardJob."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,7 @@ def pipeline(config: PipelineConfig) -> Path:
     reward = jobs.reward(jobs.RewardJob(
         str(train / "rankings.jsonl"), str(sft), str(train / "prompts.jsonl"),
         str(out / "reward"), text, loop(config.reward), config.reward.learner,
+        config.reward.normalize_first,
     ))  # fmt: skip
     print("ppo: improving the policy")
     ppo = jobs.ppo(jobs.PPOJob(

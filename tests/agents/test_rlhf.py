@@ -153,6 +153,16 @@ def test_normalized_scores_have_mean_zero_and_deviation_one(base: Any) -> None:
     np.testing.assert_allclose(scores.mean(1), 0.0, atol=1e-5)
     np.testing.assert_allclose(scores.std(1), 1.0, atol=1e-4)
     assert equal(reward.normalize(state, scores).head, state.head)
+    # On request before training, too; the members are still drawn as they would be without.
+    config, start = RewardConfig(members=2), RewardGiven(base, given)
+    stage = make_reward(MODEL, config)
+    first = jax.jit(lambda key: stage.result(stage.init(key, start), start))(jax.random.key(1))
+    scores = reward_of(MODEL, config).scores(first, *given)
+    np.testing.assert_allclose(scores.mean(1), 0.0, atol=1e-5)
+    np.testing.assert_allclose(scores.std(1), 1.0, atol=1e-4)
+    other = jax.jit(stage.init)(jax.random.key(1), RewardGiven(base))
+    assert equal(other.trained[1], first.head)
+    assert other.unit[0].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("loss", ["pairs", "ranking"])
