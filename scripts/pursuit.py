@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl.preferences.overoptimization_fit import Course, course_at, fit_course, summit
+from mbrl.preferences.overoptimization_fit import Pursuit as Form
 from mbrl.training.metrics import FILE
 from scripts.figures import COLOURS, INK, STYLE, finish
 
@@ -70,14 +71,14 @@ def load(folder: Path, label: str) -> list[Pursuit]:
     return found
 
 
-def fits(runs: Sequence[Pursuit], name: str) -> Course | None:
-    """Fit Gao's curve of trained policies to what all runs have gained; None for too few points."""
+def fits(runs: Sequence[Pursuit], name: str, form: Form = "rl") -> Course | None:
+    """Fit one of Gao's curves to what all runs have gained; None for too few points."""
     away = np.concatenate([one.distance for one in runs])
     gain = np.concatenate([one.series[name] - one.series[name][0] for one in runs])
     far = away > SEEN
     if far.sum() < 3:
         return None
-    return fit_course(jnp.asarray(away[far]), jnp.asarray(gain[far]), "rl")
+    return fit_course(jnp.asarray(away[far]), jnp.asarray(gain[far]), form)
 
 
 def summary(runs: Sequence[Pursuit]) -> list[dict[str, Any]]:
@@ -97,7 +98,17 @@ def summary(runs: Sequence[Pursuit]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(runs: Sequence[Pursuit], out: Path, title: str = "") -> dict[str, dict[str, float]]:
+def told_of(course: Course, form: Form) -> dict[str, Any]:
+    """Return what a fit has found, as JSON."""
+    return {
+        "alpha": float(course.alpha),
+        "beta": float(course.beta),
+        "r_squared": float(course.r_squared),
+        "summit": float(summit(course, form)),
+    }
+
+
+def draw(runs: Sequence[Pursuit], out: Path, title: str = "") -> dict[str, dict[str, Any]]:
     """Draw rewards over the distance from the reference, and what explains them over updates.
 
     Args:
@@ -107,7 +118,7 @@ def draw(runs: Sequence[Pursuit], out: Path, title: str = "") -> dict[str, dict[
 
     Returns:
       The fit `d (alpha - beta log d)` to all runs, by reward: alpha, beta, R2, the distance of its
-      summit.
+      summit; and in `best_of_n` the same of the other form, `d (alpha - beta d)`.
 
     Reference: Scaling Laws for Reward Model Overoptimization (arXiv 2210.10760).
     """
@@ -131,12 +142,10 @@ def draw(runs: Sequence[Pursuit], out: Path, title: str = "") -> dict[str, dict[
             line = np.asarray(course_at(course, jnp.asarray(fine), "rl")) + start
             told = f"{text}, $R^2$ = {float(course.r_squared):.3f}"
             axes[0].plot(fine, line, color=colour, lw=1.6, label=told)
-            found[name] = {
-                "alpha": float(course.alpha),
-                "beta": float(course.beta),
-                "r_squared": float(course.r_squared),
-                "summit": float(summit(course, "rl")),
-            }
+            found[name] = told_of(course, "rl")
+            other = fits(shown, name, "best_of_n")
+            if other is not None:
+                found[name]["best_of_n"] = told_of(other, "best_of_n")
         axes[0].set_xlabel("distance from the reference, √KL")
         axes[0].set_title("reward of responses", loc="left", fontsize=9)
         axes[0].legend(loc="best", fontsize=8)

@@ -39,21 +39,24 @@ from mbrl.text_batches import (
 )
 from mbrl.text_rows import TokenRow, encode_rows
 from mbrl.tokenizers import Tokenizer
-from mbrl.training.hugging_face import WEIGHTS
-from mbrl.training.text_data import Kind, read_text
+from mbrl.training.text_data import Kind, Template, TextData, plain_chat, read_dataset, read_text
 from mbrl.types import Array
 from scripts.rlhf_models import (
     MODEL,
     REWARD,
     LanguageModel,
+    check_fit,
+    digest_of,
     load_model,
     load_reward,
     model_path,
+    reward_update,
     save_model,
     save_reward,
 )
 from scripts.rlhf_seeds import Prepared, train
 from scripts.rlhf_stage import LoopConfig, StageRun
+from scripts.rlhf_watch import watch_of
 
 REFERENCE = "reference.npz"
 """What the reference says of the answers, in the folder of a run of `direct`."""
@@ -104,6 +107,8 @@ class RewardJob:
     text: TextConfig = TextConfig()
     loop: LoopConfig = LoopConfig()
     learner: RewardConfig = RewardConfig()
+    normalize_first: bool = False
+    """Give those responses mean 0 and deviation 1 before training, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +127,9 @@ class PPOJob:
     """True reward to log beside the learned one, where the task has one."""
     kl_budget: float = 0.0
     """Nats per response at which training ends; 0 = none."""
+    early_stop: int = 0
+    """Training ends when the true reward of so many updates lies below that of as many before
+    them by two standard errors, while the learned one has risen; 0 = never. Needs `gold`."""
     out: str = "runs/ppo"
     """Folder of the run."""
     text: TextConfig = TextConfig()
@@ -152,8 +160,8 @@ def supervised(job: SupervisedJob) -> Path:
 
 
 def _supervised(job: SupervisedJob) -> Prepared:
-    language = load_model(_given(job.model, "model"))
-    rows = read_rows(job.data, "demonstrations", language.tokenizer, job.text)
+    language = _begin_with(job)
+    rows = _rows_for(language, job.data, "demonstrations", job.text)
     loader = supervised_loader(rows, job.text.max_prompt + job.text.max_answer, _batches(job.loop))
     given = SupervisedGiven(language.params)
     stage = make_supervised(language.model, job.learner)
@@ -161,10 +169,18 @@ def _supervised(job: SupervisedJob) -> Prepared:
     return Prepared(run, language.model.config, partial(_save_language, run, job, language))
 
 
-def _save_language(run: StageRun, job: Any, language: LanguageModel, state: Any) -> Path:
+def _begin_with(job: Any) -> LanguageModel:
+    """Load the model that a stage begins with, to be computed with as its tuning says."""
+    tuned = job.learner.tuning
+    return load_model(_given(job.model, "model"), dtype=tuned.dtype, remat=tuned.remat)
+
+
+def _save_language(
+    run: StageRun, job: Any, language: LanguageModel, state: Any, update: int
+) -> Path:
     """Save the model that a stage has made; returns its folder."""
     params, folder = run.stage.result(state, run.given), Path(job.out) / MODEL
-    save_model(folder, language.model.config, params, model_path(job.model))
+    save_model(folder, language.model.config, params, model_path(job.model), update)
     return folder
 
 
@@ -174,41 +190,51 @@ def reward(job: RewardJob) -> Path:
 
 
 def _reward(job: RewardJob) -> Prepared:
-    language, folder = load_model(_given(job.model, "model")), Path(job.out) / REWARD
-    rows = read_rows(job.data, "rankings", language.tokenizer, job.text)
+    language, folder = _begin_with(job), Path(job.out) / REWARD
+    rows = prompts = _rows_for(language, job.data, "rankings", job.text)
+    if job.prompts:
+        prompts = _rows_for(language, job.prompts, "prompts", job.text)
     loader = answers_loader(rows, job.text, job.loop)
     given, stage = RewardGiven(language.params), make_reward(language.model, job.learner)
+    if job.normalize_first:
+        given = given._replace(responses=_responses(language, prompts, job))
 
-    def save(state: Any) -> Path:
-        prompts = rows
-        if job.prompts:
-            prompts = read_rows(job.prompts, "prompts", language.tokenizer, job.text)
-        scored = reward_of(language.model, job.learner)
-        result = _normalized(scored, stage.result(state, given), language, prompts, job)
+    def save(state: Any, update: int) -> Path:
+        if reward_update(folder) == update:
+            return folder
+        scored, result = reward_of(language.model, job.learner), stage.result(state, given)
+        result = _normalized(scored, result, *_responses(language, prompts, job))
         kind = job.learner.kind
-        save_reward(folder, language.model.config, kind, result, model_path(job.model))
+        save_reward(folder, language.model.config, kind, result, model_path(job.model), update)
         return folder
 
     run = StageRun("reward", stage, given, partial(at_update, loader))
     return Prepared(run, language.model.config, save)
 
 
-def _normalized(
-    reward: TokenReward, state: TokenRewardState, language: LanguageModel,
-    rows: Sequence[TokenRow], job: RewardJob,
-) -> TokenRewardState:  # fmt: skip
-    """Give scores their unit: responses of the reference have mean 0 and deviation 1."""
+def _responses(
+    language: LanguageModel, rows: Sequence[TokenRow], job: RewardJob
+) -> tuple[Array, Array]:
+    """Answer some prompts by the model that a stage begins with; tokens and mask [R, T]."""
     batch = next(prompt_batches(rows, job.text, NORMALIZED_ON, job.loop.seed))
 
     @jax.jit
-    def normalize(params: Any, state: TokenRewardState, tokens: Array, mask: Array) -> Any:
-        written = generate(
+    def write(params: Any, tokens: Array, mask: Array) -> Any:
+        return generate(
             language.model, params, jax.random.key(job.loop.seed), tokens, mask,
             job.text.max_answer, eos=language.tokenizer.eos,
         )  # fmt: skip
-        return reward.normalize(state, reward.scores(state, written.tokens, written.mask))
 
-    return normalize(language.params, state, batch.tokens[:, 0], batch.mask[:, 0])
+    written = write(language.params, batch.tokens[:, 0], batch.mask[:, 0])
+    return written.tokens, written.mask
+
+
+@partial(jax.jit, static_argnums=0)
+def _normalized(
+    reward: TokenReward, state: TokenRewardState, tokens: Array, mask: Array
+) -> TokenRewardState:
+    """Give scores their unit: responses of the reference have mean 0 and deviation 1."""
+    return reward.normalize(state, reward.scores(state, tokens, mask))
 
 
 def ppo(job: PPOJob) -> Path:
@@ -217,23 +243,20 @@ def ppo(job: PPOJob) -> Path:
 
 
 def _ppo(job: PPOJob) -> Prepared:
-    if job.kl_budget and job.loop.num_seeds > 1:
-        raise ValueError(
-            f"kl_budget: got {job.kl_budget:g} with {job.loop.num_seeds} seeds, which reach it at "
-            "different updates; run them one after the other"
-        )
-    language = load_model(_given(job.model, "model"))
+    watch = watch_of(job)
+    language, learner = _begin_with(job), job.learner
     loaded = load_reward(_given(job.reward, "reward"))
-    tokenizer, learner = language.tokenizer, job.learner
-    rows = read_rows(job.data, "prompts", tokenizer, job.text)
+    check_fit(language, loaded, job.reward)
+    rows = _rows_for(language, job.data, "prompts", job.text)
     prompts = text_loader(rows, [(job.text.max_prompt, 0)], _batches(job.loop, last="drop"))
     written = None
     if learner.pretraining:
-        shown = read_rows(job.demonstrations, "demonstrations", tokenizer, job.text)
+        shown = _rows_for(language, job.demonstrations, "demonstrations", job.text)
         length = job.text.max_prompt + job.text.max_answer
         written = supervised_loader(shown, length, _batches(job.loop, last="drop"))
     gold = partial(grammar.gold, length=learner.length) if job.gold == "grammar" else None
-    stage = make_token_ppo(language.model, loaded.reward, tokenizer.eos, learner, gold)
+    end = language.tokenizer.eos
+    stage = make_token_ppo(language.model, loaded.reward, end, learner, gold)
     given = TokenPPOGiven(language.params, loaded.state)
 
     def batch(update: int) -> PromptBatch:
@@ -241,12 +264,7 @@ def _ppo(job: PPOJob) -> Prepared:
         shown = None if written is None else at_update(written, update)
         return PromptBatch(text.tokens[:, 0], text.mask[:, 0], shown)
 
-    def stop_when(metrics: Any) -> str:
-        if not job.kl_budget or metrics["kl"] <= job.kl_budget:
-            return ""
-        return f"{metrics['kl']:.2f} nats from the reference, {job.kl_budget:g} allowed"
-
-    run = StageRun("ppo", stage, given, batch, stop_when)
+    run = StageRun("ppo", stage, given, batch, watch)
     return Prepared(run, language.model.config, partial(_save_language, run, job, language))
 
 
@@ -256,8 +274,13 @@ def direct(job: DirectJob) -> Path:
 
 
 def _direct(job: DirectJob) -> Prepared:
-    language = load_model(_given(job.model, "model"))
-    rows = read_rows(job.data, job.kind, language.tokenizer, job.text)
+    if job.kind == "unpaired" and job.learner.kind != "kto":
+        raise ValueError(
+            f"learner.kind: got {job.learner.kind!r} for answers without pairs, expected 'kto'; "
+            "set --learner.kind kto, or give rankings"
+        )
+    language = _begin_with(job)
+    rows = _rows_for(language, job.data, job.kind, job.text)
     rows = pairs_of(rows) if job.kind == "rankings" else rows
     given, stage = DirectGiven(language.params), make_direct(language.model, job.learner)
     loader = answers_loader(rows, job.text, job.loop)
@@ -276,7 +299,8 @@ def reference_log_probs(
 ) -> np.ndarray:
     """Evaluate the reference once, [n, K], and keep what it says beside the run."""
     file = Path(job.out) / REFERENCE
-    digest = hashlib.sha256((model_path(job.model) / WEIGHTS).read_bytes())
+    # Of what is computed with: the same weights in other files are the same reference.
+    digest = hashlib.sha256(f"{language.model.config} {digest_of(language.params)}".encode())
     for row in rows:
         for part in (row.prompt, *row.answers):
             digest.update(np.asarray(part, np.int32).tobytes() + b";")
@@ -297,9 +321,25 @@ def reference_log_probs(
     return found
 
 
-def read_rows(file: str, kind: Kind, tokenizer: Tokenizer, text: TextConfig) -> list[TokenRow]:
-    """Read a file of text as rows of tokens."""
-    data = read_text(Path(_given(file, "data")), kind, on_error=text.on_error)
+def read_data(
+    source: str, kind: Kind, text: TextConfig, template: Template = plain_chat
+) -> TextData:
+    """Read a file of JSON lines, or a folder that the package `datasets` knows."""
+    if Path(_given(source, "data")).is_dir():
+        return read_dataset(source, kind, template=template, on_error=text.on_error)
+    return read_text(Path(source), kind, template=template, on_error=text.on_error)
+
+
+def _rows_for(language: LanguageModel, source: str, kind: Kind, text: TextConfig) -> list[TokenRow]:
+    return read_rows(source, kind, language.tokenizer, text, language.template)
+
+
+def read_rows(
+    file: str, kind: Kind, tokenizer: Tokenizer, text: TextConfig,
+    template: Template = plain_chat,
+) -> list[TokenRow]:  # fmt: skip
+    """Read a file or a folder of text as rows of tokens; `template` writes conversations."""
+    data = read_data(file, kind, text, template)
     encoded = encode_rows(
         tokenizer, data.rows, text.max_prompt, text.max_answer, on_error=text.on_error
     )

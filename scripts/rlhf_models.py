@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mbrl.models.token_reward import TokenReward, TokenRewardState, token_reward
 from mbrl.networks.transformer import Transformer, TransformerConfig, transformer
 from mbrl.tokenizers import Tokenizer
-from mbrl.training import checkpoint, hugging_face
-from mbrl.training.tokenizer_files import WORDS, load_tokenizer
+from mbrl.training import checkpoint, hugging_face, run_directory
+from mbrl.training.hugging_face_config import write_config
+from mbrl.training.text_data import Template, plain_chat
+from mbrl.training.tokenizer_files import (
+    WORDS,
+    has_template,
+    load_template,
+    load_tokenizer,
+    read_json,
+    token_entries,
+)
 from mbrl.types import Params
 from scripts import config_json
 
@@ -21,16 +34,19 @@ MODEL, REWARD = "model", "reward"
 """What a stage leaves in its folder."""
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-    WORDS,
+    "chat_template.jinja", WORDS,
 )  # fmt: skip
+UPDATE = "modelrl_update"
+"""Entry of a config.json: the update of its stage that a model was made after."""
 
 
 class LanguageModel(NamedTuple):
-    """A model with its parameters and its tokenizer."""
+    """A model with its parameters, its tokenizer and what writes conversations for it."""
 
     model: Transformer
     params: Params
     tokenizer: Tokenizer
+    template: Template = plain_chat
 
 
 class LoadedReward(NamedTuple):
@@ -39,6 +55,7 @@ class LoadedReward(NamedTuple):
     reward: TokenReward
     state: TokenRewardState
     tokenizer: Tokenizer
+    template: Template = plain_chat
 
 
 def load_model(folder: str, **changes: Any) -> LanguageModel:
@@ -53,32 +70,72 @@ def load_model(folder: str, **changes: Any) -> LanguageModel:
     """
     path = _found(folder, MODEL, hugging_face.CONFIG)
     tokenizer = load_tokenizer(path)
-    loaded = hugging_face.load(path)
-    if tokenizer.vocab > loaded.config.vocab:
+    rows = hugging_face.read_shape(path).vocab
+    if tokenizer.vocab > rows:
         raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab} tokens and the model "
-            f"{loaded.config.vocab}, expected no more of them; do these files belong together?"
+            f"{path}: the tokenizer has {tokenizer.vocab} tokens and the model {rows}, expected no "
+            "more of them; do these files belong together?"
         )
+    # Rows of the table that no token has, as padded vocabularies have them, get no probability.
+    loaded = hugging_face.load(path, vocab=tokenizer.vocab)
     config = dataclasses.replace(loaded.config, **changes)
-    return LanguageModel(transformer(config), loaded.params, tokenizer)
+    return LanguageModel(transformer(config), loaded.params, tokenizer, template_of(path))
 
 
-def save_model(folder: Path, config: TransformerConfig, params: Params, source: Path) -> None:
-    """Write a model, and the tokenizer that lies in `source`; one that is there is left alone."""
-    if not folder.exists():
-        hugging_face.save(folder, config, jax.device_get(params))
-    copy_tokenizer(source, folder)
+def template_of(folder: Path) -> Template:
+    """Return the chat template of a folder, or `plain_chat` where it has none.
+
+    It is loaded for the first conversation: other data need no package for it.
+    """
+    if not has_template(folder):
+        return plain_chat
+    loaded = functools.cache(load_template)
+    return lambda messages: loaded(folder)(messages)
+
+
+def save_model(
+    folder: Path, config: TransformerConfig, params: Params, source: Path, update: int = 0
+) -> None:
+    """Write a model, and the tokenizer that lies in `source`.
+
+    One that was made after the same update is left alone, another one is replaced in one step.
+    """
+    about = folder / hugging_face.CONFIG
+    if about.exists() and read_json(about).get(UPDATE, update) == update:
+        copy_tokenizer(source, folder)
+        return
+    new, old = (folder.with_name(f".{folder.name}-{name}") for name in ("new", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    entries = token_entries(source) | {UPDATE: update}
+    hugging_face.save(new, config, jax.device_get(params), entries=entries)
+    copy_tokenizer(source, new)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_reward(
-    folder: Path, config: TransformerConfig, kind: str, state: TokenRewardState, source: Path
-) -> None:
+    folder: Path, config: TransformerConfig, kind: str, state: TokenRewardState, source: Path,
+    update: int = 0,
+) -> None:  # fmt: skip
     """Write a reward model, and the tokenizer that lies in `source`."""
     manifest = {
         "config": config_json.to_json(config), "kind": kind, "members": state.head.shape[0],
+        "update": update,
     }  # fmt: skip
-    checkpoint.save(folder, 0, state, manifest)
+    folder.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(source, folder)
+    entries = write_config(config, head=True) | token_entries(source)
+    run_directory.write_json(folder / hugging_face.CONFIG, entries)
+    checkpoint.save(folder, 0, state, manifest)
+
+
+def reward_update(folder: Path) -> int | None:
+    """Return the update that a reward model was made after; None where none is known."""
+    saved = checkpoint.read_manifest(folder)
+    return None if saved is None else saved[1].get("update")
 
 
 def load_reward(folder: str) -> LoadedReward:
@@ -97,7 +154,32 @@ def load_reward(folder: str) -> LoadedReward:
     like = jax.eval_shape(lambda: reward.init(jax.random.key(0), model.init(jax.random.key(0))))
     restored = checkpoint.restore(path, like)
     assert restored is not None
-    return LoadedReward(reward, restored.tree, load_tokenizer(path))
+    return LoadedReward(reward, restored.tree, load_tokenizer(path), template_of(path))
+
+
+def check_fit(language: LanguageModel, loaded: LoadedReward, folder: str) -> None:
+    """Refuse a reward model that reads other tokens than a policy writes.
+
+    Raises:
+      ValueError: naming the folder of the reward model.
+    """
+    mine, its = language.tokenizer, loaded.tokenizer
+    if (mine.vocab, mine.eos) != (its.vocab, its.eos):
+        raise ValueError(
+            f"reward: {folder} was trained with {its.vocab} tokens, the end being {its.eos}, "
+            f"expected the {mine.vocab} of the model with the end {mine.eos}; train a reward model "
+            "that begins with this model"
+        )
+
+
+def digest_of(tree: Any) -> str:
+    """Return a digest of parameters, whatever files they come from."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape};".encode())
+        found.update(np.ascontiguousarray(leaf).data)
+    return found.hexdigest()[:16]
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

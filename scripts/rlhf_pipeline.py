@@ -41,6 +41,8 @@ class RewardStep:
     learner: RewardConfig = RewardConfig(
         members=3, tuning=TuningConfig(learning_rate=1e-3, warmup=20, anneal=200)
     )
+    normalize_first: bool = False
+    """Scores have their unit before training, too, see RewardJob."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,9 @@ class PPOStep:
     loop: LoopConfig = LoopConfig(steps=100, batch_size=128)
     kl_budget: float = 0.0
     """Nats per response at which training ends; 0 = none."""
+    early_stop: int = 0
+    """Updates whose true reward is compared with that of as many before them, see PPOJob."""
+    # The longest response is `text.max_answer`.
     learner: TokenPPOConfig = TokenPPOConfig(
         length=MAX_ANSWER, temperature=1.0, minibatches=2, value="shared", value_weight=0.5,
         kl_coef=0.1, tuning=TuningConfig(learning_rate=3e-4),
@@ -58,7 +63,7 @@ class PPOStep:
 
 @dataclasses.dataclass(frozen=True)
 class DirectStep:
-    """A policy from the same rankings, without the reward model; 0 steps leave it out."""
+    """A policy from the same rankings, without the reward model; `direct` says whether."""
 
     loop: LoopConfig = LoopConfig(steps=200, batch_size=64)
     learner: DirectConfig = DirectConfig(tuning=TuningConfig(learning_rate=3e-4, anneal=200))
@@ -105,6 +110,11 @@ def pipeline(config: PipelineConfig) -> Path:
         config.text,
         range(config.seed, config.seed + config.num_seeds),
     )
+    if config.ppo.learner.length not in (MAX_ANSWER, text.max_answer):
+        raise ValueError(
+            f"ppo.learner.length: got {config.ppo.learner.length}, expected text.max_answer, which "
+            f"is {text.max_answer}; set --text.max-answer alone"
+        )
     began, fresh = time.perf_counter(), not (out / "sft").exists()
     each = "seed_{seed}" if config.num_seeds > 1 else "."
     data, base = Path(config.data or out / DATA / each), Path(config.base or out / BASE / each)
@@ -124,12 +134,14 @@ def pipeline(config: PipelineConfig) -> Path:
     reward = jobs.reward(jobs.RewardJob(
         str(train / "rankings.jsonl"), str(sft), str(train / "prompts.jsonl"),
         str(out / "reward"), text, loop(config.reward), config.reward.learner,
+        config.reward.normalize_first,
     ))  # fmt: skip
     print("ppo: improving the policy")
     ppo = jobs.ppo(jobs.PPOJob(
         str(train / "prompts.jsonl"), str(sft), str(reward),
         str(train / "demonstrations.jsonl"), "" if config.data else "grammar",
-        config.ppo.kl_budget, str(out / "ppo"), text, loop(config.ppo), config.ppo.learner,
+        config.ppo.kl_budget, config.ppo.early_stop, str(out / "ppo"), text, loop(config.ppo),
+        dataclasses.replace(config.ppo.learner, length=text.max_answer),
     ))  # fmt: skip
     models = {"sft": sft, "ppo": ppo}
     if config.direct:

@@ -14,6 +14,7 @@ import numpy as np
 from agents.rlhf.stage import Stage
 from mbrl.networks.transformer import TransformerConfig
 from scripts import config_json
+from scripts.rlhf_models import digest_of
 from scripts.rlhf_stage import StageRun, run_stage
 
 
@@ -23,12 +24,12 @@ class Prepared(NamedTuple):
     Attributes:
       run: what is trained.
       architecture: of the model that it begins with.
-      save: `(state) -> folder` of what has been made.
+      save: `(state, updates) -> folder` of what has been made.
     """
 
     run: StageRun
     architecture: TransformerConfig
-    save: Callable[[Any], Path]
+    save: Callable[[Any, int], Path]
 
 
 def train(job: Any, prepare: Callable[[Any], Prepared]) -> Path:
@@ -42,15 +43,18 @@ def train(job: Any, prepare: Callable[[Any], Prepared]) -> Path:
       The folder of what was made; with several seeds `{seed}` in it is the number of each.
 
     Raises:
-      ValueError: when the seeds begin with models that are not alike.
+      ValueError: when the seeds begin with models that are not alike, or a run that goes on with
+        others than it was begun with.
     """
     loop, out = job.loop, Path(job.out)
     settings = config_json.to_json(job)
     del settings["loop"], settings["out"]
     seeds = range(loop.seed, loop.seed + loop.num_seeds)
     each = [prepare(_of_seed(job, seed)) for seed in seeds]
+    # Folders keep their names when what is in them is trained anew.
+    settings["weights_given"] = [digest_of(one.run.given) for one in each]
     if len(each) == 1:
-        return each[0].save(run_stage(each[0].run, loop, out, settings))
+        return each[0].save(*run_stage(each[0].run, loop, out, settings))
     first = _shape_of(each[0])
     for seed, one in zip(seeds, each, strict=True):
         if _shape_of(one) != first:
@@ -58,9 +62,9 @@ def train(job: Any, prepare: Callable[[Any], Prepared]) -> Path:
                 f"model: seed {seed} of {job.model} begins with a model of another shape than seed "
                 f"{loop.seed}, expected one shape; train it alone"
             )
-    state = run_stage(_over_seeds([one.run for one in each]), loop, out, settings)
+    state, update = run_stage(_over_seeds([one.run for one in each]), loop, out, settings)
     for k, one in enumerate(each):
-        one.save(jax.tree.map(lambda x, k=k: x[k], state))
+        one.save(jax.tree.map(lambda x, k=k: x[k], state), update)
     return out / "seed_{seed}"
 
 

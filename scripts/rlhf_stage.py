@@ -76,14 +76,15 @@ class StageRun(NamedTuple):
       stage: the learner.
       given: what it does not change.
       batch: `(update) -> batch`, the same for the same update.
-      stop_when: `(metrics of an interval) -> reason` to end before the last update, or ''.
+      watch: `(memory, metrics of an update) -> (memory, reason)` to end after it, or ''. It is
+        asked after every update; its memory, a list of numbers at first empty, is saved.
     """
 
     name: str
     stage: Stage
     given: Any
     batch: Callable[[int], Any]
-    stop_when: Callable[[Mapping[str, float]], str] = lambda metrics: ""
+    watch: Callable[[list[Any], Mapping[str, Any]], tuple[list[Any], str]] | None = None
 
 
 def keys(loop: LoopConfig, number: int) -> Any:
@@ -100,7 +101,14 @@ class StoppedError(Exception):
     """A signal has ended a run after a save."""
 
 
-def run_stage(run: StageRun, loop: LoopConfig, out: Path, settings: Mapping[str, Any]) -> Any:
+class Ended(NamedTuple):
+    """A stage at its end: its state, and the updates that have made it."""
+
+    state: Any
+    update: int
+
+
+def run_stage(run: StageRun, loop: LoopConfig, out: Path, settings: Mapping[str, Any]) -> Ended:
     """Train from the newest save to the end.
 
     Args:
@@ -110,7 +118,7 @@ def run_stage(run: StageRun, loop: LoopConfig, out: Path, settings: Mapping[str,
       settings: what must be the same for a run to go on, as JSON.
 
     Returns:
-      The state of the stage at its end.
+      What the stage has ended with.
 
     Raises:
       StoppedError: when a signal came; the run is saved, and the same call goes on with it.
@@ -129,21 +137,21 @@ def run_stage(run: StageRun, loop: LoopConfig, out: Path, settings: Mapping[str,
         first = jax.eval_shape(begin, keys(loop, 0), run.given)
         restored = checkpoint.restore(out / CHECKPOINTS, first)
         if restored is None:
-            state, step, ended = begin(keys(loop, 0), run.given), 0, ""
+            state, step, ended, memory = begin(keys(loop, 0), run.given), 0, "", []
         else:
             state, step = restored.tree, restored.step
-            ended = restored.manifest["ended"]
+            ended, memory = (restored.manifest[name] for name in ("ended", "memory"))
             if step < loop.steps and not ended:
                 print(f"resuming {out} at update {step} of {loop.steps}", file=sys.stderr)
         if step >= loop.steps or ended:
-            return state
+            return Ended(state, step)
         if loop.data_devices * loop.tensor_devices > 1:
             run, state = spread(run, state, make_mesh(loop.data_devices, loop.tensor_devices))
         with (
             MetricsWriter(out, None if restored is None else step, loop.tensorboard) as log,
             run_directory.StopSignal() as stop,
         ):
-            return _train(run, loop, out, state, step, log, stop)
+            return _train(run, loop, out, Ended(state, step), memory, log, stop)
 
 
 def spread(run: StageRun, state: Any, mesh: Any) -> tuple[StageRun, Any]:
@@ -156,9 +164,10 @@ def spread(run: StageRun, state: Any, mesh: Any) -> tuple[StageRun, Any]:
 
 
 def _train(
-    run: StageRun, loop: LoopConfig, out: Path, state: Any, step: int, log: MetricsWriter,
-    stop: run_directory.StopSignal,
-) -> Any:  # fmt: skip
+    run: StageRun, loop: LoopConfig, out: Path, begun: Ended, memory: list[Any],
+    log: MetricsWriter, stop: run_directory.StopSignal,
+) -> Ended:  # fmt: skip
+    state, step = begun
     update = jax.jit(run.stage.step, donate_argnums=0)
     pending: list[Any] = []
     began = time.perf_counter()
@@ -171,22 +180,23 @@ def _train(
             step += 1
             pending.append(metrics)
             reason = ""
-            if step % loop.log_every == 0 or step >= loop.steps or stop.requested:
+            if run.watch is not None:  # not of an interval, which a signal may cut short
+                memory, reason = run.watch(memory, jax.device_get(metrics))
+            over = step >= loop.steps or bool(reason)
+            if step % loop.log_every == 0 or over or stop.requested:
                 means = _means(pending)
                 means["seconds"] = time.perf_counter() - began
                 pending = []
                 _write(log, step, means, loop.num_seeds)
                 _stop_if_diverged(out, means)
-                reason = run.stop_when(means)
-                if reason:
-                    print(f"{run.name}: ended at update {step}: {reason}", file=sys.stderr)
                 progress.update(step, float(np.mean(means[told])))
-            over = step >= loop.steps or bool(reason)
+            if reason:
+                print(f"{run.name}: ended at update {step}: {reason}", file=sys.stderr)
             if over or stop.requested or step - saved >= loop.save_every:
                 log.sync()
-                saved = _save(out, step, state, reason, saved)
+                saved = _save(out, step, state, {"ended": reason, "memory": memory}, saved)
             if over:
-                return state
+                return Ended(state, step)
             if stop.requested:
                 kept = "saved" if saved == step else f"NOT saved after update {saved}"
                 raise StoppedError(f"{run.name}: stopped at update {step}, {kept}")
@@ -206,10 +216,10 @@ def _write(log: MetricsWriter, step: int, means: Mapping[str, Any], num_seeds: i
         log.write(step, mine, seed=seed)
 
 
-def _save(out: Path, step: int, state: Any, ended: str, saved: int) -> int:
+def _save(out: Path, step: int, state: Any, about: Mapping[str, Any], saved: int) -> int:
     """Save; a disk that refuses is announced and does not stop the run."""
     try:
-        checkpoint.save(out / CHECKPOINTS, step, state, {"ended": ended})
+        checkpoint.save(out / CHECKPOINTS, step, state, about)
     except OSError as error:
         print(f"warning: update {step} is not saved ({error}); trying later", file=sys.stderr)
         return saved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from mbrl.text_batches import BatchConfig, epoch, text_loader
 from mbrl.text_rows import TextRow, encode_rows
 from mbrl.training import run_directory
 from mbrl.training.grammar_files import GrammarConfig, write_grammar
-from mbrl.training.text_data import read_text, write_text
-from mbrl.training.tokenizer_files import load_tokenizer
+from mbrl.training.text_data import write_text
+from mbrl.training.tokenizer_files import BYTES, load_tokenizer, save_bytes
 from mbrl.types import Array
-from scripts.rlhf_jobs import TextConfig, prompt_batches, read_rows
+from scripts.rlhf_jobs import TextConfig, prompt_batches, read_data, read_rows
 from scripts.rlhf_models import (
     LoadedReward,
+    check_fit,
     copy_tokenizer,
     load_model,
     load_reward,
@@ -64,7 +66,7 @@ class NewJob:
     out: str = "runs/rlhf/base"
     """Folder of the model."""
     tokenizer: str = ""
-    """Folder of the tokenizer; its vocabulary is that of the model."""
+    """Folder of the tokenizer, or 'bytes'; its vocabulary is that of the model."""
     seed: int = 0
     """Of the weights."""
     architecture: TransformerConfig = family_config("gpt2")
@@ -72,12 +74,23 @@ class NewJob:
 
 def new(job: NewJob) -> Path:
     """Run the job; returns the folder."""
-    out, source = Path(job.out), Path(job.tokenizer)
-    config = dataclasses.replace(job.architecture, vocab=load_tokenizer(source).vocab)
-    if not out.exists():
-        params = transformer(config).init(jax.random.key(job.seed))
-        save_model(out, config, params, source)
-    copy_tokenizer(source, out)
+    for name in ("dtype", "remat"):
+        if (value := getattr(job.architecture, name)) != getattr(TransformerConfig, name):
+            raise ValueError(
+                f"architecture.{name}: got {value!r}, which a folder of weights does not hold; set "
+                f"--learner.tuning.{name} of the stages that train it"
+            )
+    out = Path(job.out)
+    with tempfile.TemporaryDirectory() as made:
+        source = Path(job.tokenizer)
+        if job.tokenizer == BYTES:
+            source = Path(made)
+            save_bytes(source)
+        config = dataclasses.replace(job.architecture, vocab=load_tokenizer(source).vocab)
+        if not out.exists():
+            params = transformer(config).init(jax.random.key(job.seed))
+            save_model(out, config, params, source)
+        copy_tokenizer(source, out)
     return out
 
 
@@ -118,9 +131,13 @@ def generate_answers(job: GenerateJob) -> Path | None:
     tokenizer = language.tokenizer
     if bool(job.prompt) == bool(job.data):
         raise ValueError("--prompt, --data: expected one of the two")
-    rows = [TextRow(job.prompt)] if job.prompt else read_text(Path(job.data), "prompts").rows
+    rows = [TextRow(job.prompt)]
+    if job.data:
+        rows = read_data(job.data, "prompts", job.text, language.template).rows
     tokens = encode_rows(tokenizer, rows, job.text.max_prompt, job.text.max_answer).rows
     loaded = load_reward(job.reward) if job.best_of > 1 else None
+    if loaded is not None:
+        check_fit(language, loaded, job.reward)
     loader = text_loader(tokens, [(job.text.max_prompt, 0)], BatchConfig(
         min(CHUNK, len(tokens)), shuffle=False
     ))  # fmt: skip
@@ -194,8 +211,9 @@ def score(job: ScoreJob) -> Path | None:
 
 def score_answers(reward: str, data: str, text: TextConfig) -> list[dict[str, Any]]:
     """Score prompts with one answer each: mean and spread of the members."""
-    rows = read_text(Path(data), "demonstrations", on_error=text.on_error).rows
-    scores, _, source = _all_scores(load_reward(reward), rows, text)
+    loaded = load_reward(reward)
+    rows = read_data(data, "demonstrations", text, loaded.template).rows
+    scores, _, source = _all_scores(loaded, rows, text)
     return [
         {
             "prompt": rows[i].prompt,
@@ -213,8 +231,9 @@ def judge_reward(reward: str, data: str, text: TextConfig) -> dict[str, Any]:
     Returns:
       Results of the mean of the members, and the accuracy of each.
     """
-    rows = read_text(Path(data), "rankings", on_error=text.on_error).rows
-    scores, ranks, source = _all_scores(load_reward(reward), rows, text)
+    loaded = load_reward(reward)
+    rows = read_data(data, "rankings", text, loaded.template).rows
+    scores, ranks, source = _all_scores(loaded, rows, text)
     rank = jnp.asarray(ranks)
     mean = jnp.asarray(scores.mean(0))
     subsets = np.array([rows[i].subset for i in source])
@@ -295,7 +314,7 @@ def measure_policy(
     """
     language, loaded, base = load_model(model), load_reward(reward), load_model(reference)
     length = text.max_answer
-    rows = read_rows(prompts, "prompts", language.tokenizer, text)
+    rows = read_rows(prompts, "prompts", language.tokenizer, text, language.template)
 
     @jax.jit
     def measure(params: Any, start: Any, state: Any, key: Array, tokens: Array, mask: Array) -> Any:

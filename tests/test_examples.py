@@ -28,3 +28,9 @@ def test_reward_modeling_tells_its_story(capsys: pytest.CaptureFixture[str]) -> 
     learned, true = zip(*climb, strict=True)
     assert list(learned) == sorted(learned) and learned[-1] > learned[0] + 2.0
     assert max(true) > true[0] + 1.0 > true[-1] + 2.0
+
+
+def test_the_page_of_the_example_shows_it_as_it_is() -> None:
+    page = (EXAMPLES.parent / "reward_modeling.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    assert code == (EXAMPLES / "reward_modeling_pairwise.py").read_text("utf-8")

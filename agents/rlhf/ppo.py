@@ -286,7 +286,8 @@ def judge(
         "value/explained": explained(value, target, weight),
     }
     if gold is not None:
-        metrics["gold"] = gold(tokens, mask).mean()
+        true = gold(tokens, mask)
+        metrics |= {"gold": true.mean(), "gold/error": true.std() / jnp.sqrt(true.size)}
     return Responses(tokens, mask, log_prob, value, advantage, target, weight), metrics
 
 

@@ -54,17 +54,23 @@ class RewardConfig:
 
 
 class RewardStageState(NamedTuple):
-    """Everything that is learned: weights of the transformers and heads; draws of the bootstrap."""
+    """Everything that is learned: weights of the transformers and heads; draws of the bootstrap;
+    the unit of the scores, gain [N] and bias [N], which is not trained.
+    """
 
     trained: tuple[Params, Array]
     opt_state: Any
     draws: Key
+    unit: tuple[Array, Array]
 
 
 class RewardGiven(NamedTuple):
-    """What the stage starts from: parameters of a language model."""
+    """What the stage starts from: parameters of a language model; its responses, tokens and mask
+    [R, T], where untrained heads shall give them mean 0 and deviation 1.
+    """
 
     base: Params
+    responses: tuple[Array, Array] | None = None
 
 
 def make_reward(model: Transformer, config: RewardConfig = RewardConfig()) -> Stage:
@@ -77,23 +83,28 @@ def make_reward(model: Transformer, config: RewardConfig = RewardConfig()) -> St
 
     def init(key: Key, given: RewardGiven) -> RewardStageState:
         head_key, weight_key, draws = jax.random.split(key, 3)
-        head = reward.init(head_key, given.base).head
+        first = reward.init(head_key, given.base)
+        if given.responses is not None:
+            first = reward.normalize(first, reward.scores(first, *given.responses))
+        head = first.head
         if whole:
             keys = jax.random.split(weight_key, config.members)
             weights = jax.vmap(lambda key: tuned.init(key, given.base))(keys)
         else:
             weights = tuned.init(weight_key, given.base)
         trained = weights, head
-        return RewardStageState(trained, tuned.optimizer.init(cast(Params, trained)), draws)
+        opt_state = tuned.optimizer.init(cast(Params, trained))
+        return RewardStageState(trained, opt_state, draws, (first.gain, first.bias))
 
-    def assemble(weights: Params, head: Array, base: Params) -> TokenRewardState:
-        merge: Any = jax.vmap(tuned.merge, (None, 0)) if whole else tuned.merge
-        ones = jnp.ones(config.members)
-        return TokenRewardState(merge(base, weights), head, ones, 0.0 * ones)
-
-    def loss(trained: Any, base: Params, batch: TextBatch, weight: Array) -> tuple[Array, Array]:
+    def assemble(trained: Any, unit: Any, base: Params) -> TokenRewardState:
         weights, head = trained
-        return reward_loss(config, reward, assemble(weights, head, base), batch, weight)
+        merge: Any = jax.vmap(tuned.merge, (None, 0)) if whole else tuned.merge
+        return TokenRewardState(merge(base, weights), head, *unit)
+
+    def loss(
+        trained: Any, unit: Any, base: Params, batch: TextBatch, weight: Array
+    ) -> tuple[Array, Array]:
+        return reward_loss(config, reward, assemble(trained, unit, base), batch, weight)
 
     def step(
         state: RewardStageState, given: RewardGiven, batch: TextBatch, key: Key
@@ -101,7 +112,7 @@ def make_reward(model: Transformer, config: RewardConfig = RewardConfig()) -> St
         del key
         weight = ranking_weights(config, state.draws, batch)
         (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.trained, given.base, batch, weight
+            state.trained, state.unit, given.base, batch, weight
         )
         trained, opt_state, metrics = descend(
             tuned.optimizer, grads, state.opt_state, state.trained
@@ -112,11 +123,10 @@ def make_reward(model: Transformer, config: RewardConfig = RewardConfig()) -> St
             "score": jnp.mean(scores),
             "spread": jnp.mean(scores.std(0)),
         }
-        return RewardStageState(trained, opt_state, state.draws), metrics
+        return RewardStageState(trained, opt_state, state.draws, state.unit), metrics
 
     def result(state: RewardStageState, given: RewardGiven) -> TokenRewardState:
-        weights, head = state.trained
-        return assemble(weights, head, given.base)
+        return assemble(state.trained, state.unit, given.base)
 
     return Stage(init, step, result)
 
@@ -141,7 +151,8 @@ def reward_loss(
 
     def one(scores: Array, rank: Array, margin: Array) -> Array:
         if config.loss == "ranking":
-            nll = plackett_luce_nll(scores, rank)
+            # A sum over K - 1 choices: their mean, so that long rankings weigh no more.
+            nll = plackett_luce_nll(scores, rank) / jnp.maximum(jnp.sum(rank >= 0) - 1, 1)
         else:
             nll = pair_nll(scores, rank, margin, config.smoothing, config.uniform)
         return nll + config.centering * centering_loss(scores, rank)

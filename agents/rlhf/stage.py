@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,10 @@ class TuningConfig:
     """Rank of the adapters that are trained instead of the model; 0 = all of the model."""
     alpha: float = 16.0
     """Scale of the adapters, times their rank."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the inputs of matrix products; parameters and their gradients are float32."""
+    remat: bool = False
+    """Compute each block again in the backward pass: less memory, a third more work."""
 
     def __post_init__(self) -> None:
         check_whole(self, "warmup", "anneal", "lora", least=0)

@@ -32,6 +32,46 @@ class Overoptimization(NamedTuple):
     agreement: tuple[float, float]
 
 
+class Pursued(NamedTuple):
+    """What an update of a policy has met.
+
+    Attributes:
+      learned: mean learned reward.
+      true: mean true reward, or that of a judge who is asked about a few of the responses.
+      error: standard error of `true`.
+    """
+
+    learned: float
+    true: float
+    error: float
+
+
+def parted(updates: list[Pursued], window: int = 4) -> Overoptimization | None:
+    """Tell whether the true reward has fallen while the learned one has risen.
+
+    It has fallen when it did so by more than two standard errors.
+
+    Args:
+      updates: all so far, the oldest first.
+      window: newest updates that are compared with as many before them.
+
+    Returns:
+      What has changed, with true rewards for the agreement; None while there are too few updates
+      or there is no cause for alarm.
+
+    Reference: Scaling Laws for Reward Model Overoptimization (arXiv 2210.10760).
+    """
+    if window < 1 or len(updates) < 2 * window:
+        return None
+    before, now = updates[-2 * window : -window], updates[-window:]
+    learned = [sum(x.learned for x in part) / window for part in (before, now)]
+    true = [sum(x.true for x in part) / window for part in (before, now)]
+    error = math.sqrt(sum(x.error**2 for x in (*before, *now))) / window
+    if learned[1] <= learned[0] or true[0] - true[1] <= 2.0 * error:
+        return None
+    return Overoptimization((learned[0], learned[1]), (true[0], true[1]))
+
+
 def overoptimized(sessions: list[Session], window: int = 4) -> Overoptimization | None:
     """Tell whether the learned reward has risen while fresh answers came to contradict it.
 

@@ -137,6 +137,11 @@ def _remedy(extra: list[str]) -> str:
     return "check that config.json belongs to the weights"
 
 
+def read_shape(folder: str | Path, vocab: int | None = None) -> TransformerConfig:
+    """Read the configuration of a model alone; see `load`."""
+    return read_config(_read_json(Path(folder) / CONFIG), vocab)
+
+
 def load(folder: str | Path, head: bool = False, vocab: int | None = None) -> Checkpoint:
     """Load a GPT-2, Llama, Qwen2 or Qwen3 model.
 
@@ -155,7 +160,7 @@ def load(folder: str | Path, head: bool = False, vocab: int | None = None) -> Ch
         config.json that is not supported, or the file that cannot be read.
     """
     folder = Path(folder)
-    config = read_config(_read_json(folder / CONFIG), vocab)
+    config = read_shape(folder, vocab)
     with ExitStack() as stack:
         found = _open(stack, folder)
         if config.layers > len(found):

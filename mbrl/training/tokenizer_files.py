@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mbrl.tokenizers import Tokenizer, word_tokenizer
+from mbrl.tokenizers import Tokenizer, byte_tokenizer, word_tokenizer
 from mbrl.training.run_directory import write_json
 
 WORDS = "vocabulary.json"
-"""The words of a `word_tokenizer`, a JSON list."""
+"""The words of a `word_tokenizer`, a JSON list; or "bytes" for the `byte_tokenizer`."""
+BYTES = "bytes"
 _MAX_FILE = 256 * 2**20
 
 
@@ -20,6 +21,11 @@ def save_words(folder: Path, vocabulary: Sequence[str]) -> None:
     """Write the vocabulary of a `word_tokenizer`, for `load_tokenizer`."""
     word_tokenizer(vocabulary)
     write_json(Path(folder) / WORDS, list(vocabulary))
+
+
+def save_bytes(folder: Path) -> None:
+    """Say that the tokenizer of a folder is `byte_tokenizer`, for `load_tokenizer`."""
+    write_json(Path(folder) / WORDS, BYTES)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -31,7 +37,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     out in a text, as chat templates need it: text of strangers should not contain them.
 
     Args:
-      folder: of a pretrained model, or one that `save_words` has written to.
+      folder: of a pretrained model, or one that `save_words` or `save_bytes` has written to.
 
     Raises:
       ValueError: naming the file when it is missing, damaged or names no token for the end, or
@@ -40,6 +46,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     if (folder / WORDS).exists() and not (folder / "tokenizer.json").exists():
         words = read_json(folder / WORDS)
+        if words == BYTES:
+            return byte_tokenizer()
         if not isinstance(words, list):
             raise ValueError(f"{folder / WORDS}: got {words!r:.60}, expected a list of words")
         return word_tokenizer(words)
@@ -121,7 +129,28 @@ def _special(folder: Path, table: Any, name: str) -> int | None:
     return found if type(found) is int else None
 
 
-def load_template(folder: Path) -> Callable[[Sequence[Mapping[str, str]]], str]:
+def token_entries(folder: Path) -> dict[str, Any]:
+    """Return the entries of a config.json that name the special tokens of a folder's tokenizer.
+
+    Those that its config.json has are handed on as they are: it may name several ends.
+    """
+    folder = Path(folder)
+    tokenizer = load_tokenizer(folder)
+    found = {
+        "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad, "bos_token_id": tokenizer.bos,
+    }  # fmt: skip
+    path = folder / "config.json"
+    given = read_json(path) if path.is_file() else {}
+    given = given if isinstance(given, dict) else {}
+    return found | {name: given[name] for name in found if given.get(name) is not None}
+
+
+def has_template(folder: Path) -> bool:
+    """Tell whether a folder has a chat template."""
+    return _template_text(Path(folder))[1] is not None
+
+
+def load_template(folder: Path) -> Callable[[Sequence[Mapping[str, object]]], str]:
     """Load the chat template of a folder: `chat_template.jinja`, or that of the configuration.
 
     Returns:
@@ -131,15 +160,8 @@ def load_template(folder: Path) -> Callable[[Sequence[Mapping[str, str]]], str]:
       ValueError: when there is none or it cannot be read, or the package `jinja2` is missing.
     """
     folder = Path(folder)
-    path = folder / "chat_template.jinja"
-    text = path.read_text("utf-8") if path.is_file() else None
+    path, text = _template_text(folder)
     if text is None:
-        path = folder / "tokenizer_config.json"
-        found = read_json(path) if path.is_file() else {}
-        text = found.get("chat_template") if isinstance(found, dict) else None
-        if isinstance(text, list):  # several, by name
-            text = {item.get("name"): item.get("template") for item in text}.get("default")
-    if not isinstance(text, str):
         raise ValueError(
             f"{folder}: expected a chat template, found none in chat_template.jinja or "
             "tokenizer_config.json; write conversations as text, or use plain_chat"
@@ -157,13 +179,26 @@ def load_template(folder: Path) -> Callable[[Sequence[Mapping[str, str]]], str]:
     except Exception as error:  # jinja2 is not imported by name
         raise ValueError(f"{path}: expected a template of jinja2 ({error!s:.200})") from None
 
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
+    def render(messages: Sequence[Mapping[str, object]]) -> str:
         try:
             return template.render(messages=messages, add_generation_prompt=True, **names)
         except Exception as error:
             raise ValueError(f"{path}: cannot write this conversation ({error!s:.200})") from None
 
     return render
+
+
+def _template_text(folder: Path) -> tuple[Path, str | None]:
+    """Find the chat template of a folder, and the file that it is in."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path, path.read_text("utf-8")
+    path = folder / "tokenizer_config.json"
+    found = read_json(path) if path.is_file() else {}
+    text = found.get("chat_template") if isinstance(found, dict) else None
+    if isinstance(text, list):  # several, by name
+        text = {item.get("name"): item.get("template") for item in text}.get("default")
+    return path, text if isinstance(text, str) else None
 
 
 def _refuse(text: str) -> None:

@@ -13,12 +13,14 @@ import pytest
 
 from agents.ppo import PPOConfig, make_ppo, ppo_loss, rollout_of
 from mbrl import normalization, policies, replay, spaces
-from mbrl.mdp import episodic, timestep, with_resets
+from mbrl.mdp import SplitParams, episodic, timestep, with_resets
 from mbrl.models.probabilistic import probabilistic_ensemble
 from mbrl.models.rssm import rssm
 from mbrl.models.rssm_networks import RSSMConfig
+from mbrl.models.token import token_mdp
 from mbrl.networks.actor_critic import ActorCritic, evaluate
 from mbrl.networks.observation import prepare
+from mbrl.networks.transformer import family_config, transformer
 from mbrl.policies import Policy
 from mbrl.training.device import run_device
 from mbrl.training.learner import (
@@ -344,6 +346,30 @@ def test_a_learned_model_is_a_task_as_well(kind):
         return
     assert {tuple(obs) for obs in begun.tolist()} <= {(0.5, -0.5), (0.25, 0.0)}
     assert np.abs(record.reward[~record.is_first]).max() > 0.0
+
+
+def test_writing_tokens_is_a_task_as_well():
+    model = transformer(family_config("gpt2", vocab=5, layers=1, width=8, heads=2, max_length=5))
+
+    def threes(params, tokens, mask):
+        score = jnp.sum((tokens[:, 2:] == 3) & mask[:, 2:], 1, dtype=jnp.float32)
+        return score, jnp.zeros_like(score)
+
+    writing = token_mdp(model, threes, prompt=2, length=3, eos=4)
+    prompts = {"tokens": jnp.array([[0, 1], [3, 1]]), "mask": jnp.array([[0, 1], [1, 1]])}
+    params = SplitParams(jax.jit(model.init)(KEY), ())
+    driver = DriverConfig(96, 4, (0,), interval=32)
+    make = lambda hyper: make_ppo(writing.spec, TINY)  # noqa: E731
+    reports = run_device(make, with_resets(writing, prompts), driver, params=params)
+    report = collections.deque(reports, maxlen=1).pop()
+    assert float(report.metrics["policy/first_ratio"][0]) < 1e-5
+    record = jax.tree.map(lambda x: np.asarray(x[0]), report.learner.ring.record)
+    # A response is scored where it ends, after three tokens or by token 4, and nowhere else.
+    written = np.where(record.obs["mask"][..., 2:] > 0, record.obs["tokens"][..., 2:], -1)
+    ended = (written[..., 2] >= 0) | (written == 4).any(-1)
+    assert (ended == record.is_last).all() and ended.any()
+    np.testing.assert_array_equal(record.reward, np.where(ended, (written == 3).sum(-1), 0))
+    assert record.reward.max() > 0.0
 
 
 @pytest.mark.parametrize(

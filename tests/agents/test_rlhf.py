@@ -153,18 +153,34 @@ def test_normalized_scores_have_mean_zero_and_deviation_one(base: Any) -> None:
     np.testing.assert_allclose(scores.mean(1), 0.0, atol=1e-5)
     np.testing.assert_allclose(scores.std(1), 1.0, atol=1e-4)
     assert equal(reward.normalize(state, scores).head, state.head)
+    # On request before training, too; the members are still drawn as they would be without.
+    config, start = RewardConfig(members=2), RewardGiven(base, given)
+    stage = make_reward(MODEL, config)
+    first = jax.jit(lambda key: stage.result(stage.init(key, start), start))(jax.random.key(1))
+    scores = reward_of(MODEL, config).scores(first, *given)
+    np.testing.assert_allclose(scores.mean(1), 0.0, atol=1e-5)
+    np.testing.assert_allclose(scores.std(1), 1.0, atol=1e-4)
+    other = jax.jit(stage.init)(jax.random.key(1), RewardGiven(base))
+    assert equal(other.trained[1], first.head)
+    assert other.unit[0].tolist() == [1.0, 1.0]
 
 
-def test_prompts_with_more_answers_weigh_no_more(base: Any) -> None:
+@pytest.mark.parametrize("loss", ["pairs", "ranking"])
+def test_prompts_with_more_answers_weigh_no_more(base: Any, loss: Any) -> None:
     long, short = rows(1, 4, 1)[0], rows(1, 2, 2)[0]
     batch = batch_of([long, short])
     assert batch.rank.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]]
-    config = RewardConfig(tuning=FAST)
+    config = RewardConfig(loss=loss, tuning=FAST)
     reward, stage = reward_of(MODEL, config), make_reward(MODEL, config)
     _, found = run(stage, RewardGiven(base), batch, 1, key=5)
     first = jax.jit(stage.init)(jax.random.key(5), RewardGiven(base))
     scores = score_rankings(reward, stage.result(first, RewardGiven(base)), batch)[0]
     each = [pair_nll(s, jnp.asarray(r)) for s, r in zip(scores, batch.rank, strict=True)]
+    if loss == "ranking":  # the mean over the choices among what is left, three and one
+        a, b, c, d = np.asarray(scores)[0].tolist()
+        chosen = [np.exp(a), np.exp(b), np.exp(c)]
+        left = [np.exp([a, b, c, d]).sum(), np.exp([b, c, d]).sum(), np.exp([c, d]).sum()]
+        each[0] = jnp.asarray(-np.mean(np.log(np.divide(chosen, left))))
     np.testing.assert_allclose(found[0]["loss"], np.mean(each), rtol=1e-5)
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from mbrl.preferences.monitor import Overoptimization, Session, overoptimized
+from mbrl.preferences.monitor import (
+    Overoptimization,
+    Pursued,
+    Session,
+    overoptimized,
+    parted,
+)
 
 
 def sessions(*agreement: float, answers: int = 50, rising: bool = True) -> list[Session]:
@@ -48,3 +55,16 @@ def test_sessions_count_by_their_answers():
     found = overoptimized(history, window=2)
     assert found is not None
     assert found.agreement == (0.9, 0.5)
+
+
+def test_a_true_reward_that_falls_while_the_learned_one_rises_is_told() -> None:
+    # A mean of two with an error of 0.1 each has one of 0.071, a difference of two 0.1.
+    fallen = [Pursued(i, true, 0.1) for i, true in enumerate((1.0, 1.0, 0.75, 0.75))]
+    found = parted(fallen, window=2)
+    assert found is not None
+    np.testing.assert_allclose(found.reward, (0.5, 2.5))
+    np.testing.assert_allclose(found.agreement, (1.0, 0.75))
+    assert parted([x._replace(error=0.13) for x in fallen], window=2) is None
+    assert parted([x._replace(learned=1.0) for x in fallen], window=2) is None
+    assert parted(fallen[::-1], window=2) is None
+    assert parted(fallen[1:], window=2) is None

@@ -40,6 +40,8 @@ def test_the_course_of_the_true_reward_is_found(tmp_path: Path, capsys: Any) -> 
             assert gold["r_squared"] == pytest.approx(1.0, abs=1e-4)
             # The slope alpha - beta (1 + log d) is 0 there.
             assert gold["summit"] == pytest.approx(np.exp(ALPHA / BETA - 1.0), rel=1e-2)
+            # The other form is told too, and fits this course less well.
+            assert 0.5 < gold["best_of_n"]["r_squared"] < gold["r_squared"]
             assert found["runs"][0]["gold"]["best"] > found["runs"][0]["gold"]["last"]
 
 

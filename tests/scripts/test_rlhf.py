@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbrl.training import checkpoint, run_directory
+from agents.rlhf.supervised import SupervisedGiven, make_supervised
+from mbrl.training import checkpoint, hugging_face, run_directory
 from mbrl.training.text_data import read_text
 from scripts import (
     benchmarks_page,
@@ -24,6 +25,7 @@ from scripts import (
     results,
     rlhf,
     rlhf_jobs,
+    rlhf_pipeline,
     rlhf_use,
 )
 from scripts.rlhf_models import load_model, load_reward
@@ -33,16 +35,17 @@ from scripts.rlhf_stage import CHECKPOINTS, LoopConfig
 pytestmark = pytest.mark.usefixtures("same_versions")
 
 SMALL = {
-    "architecture": {"layers": 1, "width": 16, "heads": 2},
+    "architecture": {"layers": 1, "width": 16, "heads": 2, "padding_rows": 3},
     "sft": {"loop": {"steps": 4, "batch_size": 8, "save_every": 2, "tensorboard": False}},
     "reward": {
-        "loop": {"steps": 2, "batch_size": 4, "tensorboard": False}, "learner": {"members": 2},
+        "loop": {"steps": 2, "batch_size": 4, "save_every": 1, "tensorboard": False},
+        "learner": {"members": 2},
     },
     "ppo": {
-        "loop": {"steps": 2, "batch_size": 8, "tensorboard": False},
-        "learner": {"epochs": 1, "minibatches": 1},
+        "loop": {"steps": 2, "batch_size": 8, "save_every": 1, "tensorboard": False},
+        "learner": {"epochs": 1, "minibatches": 1}, "early_stop": 1,
     },
-    "dpo": {"loop": {"steps": 2, "batch_size": 8, "tensorboard": False}},
+    "dpo": {"loop": {"steps": 2, "batch_size": 8, "save_every": 1, "tensorboard": False}},
 }  # fmt: skip
 
 
@@ -92,27 +95,74 @@ def test_the_same_command_finds_all_of_it_done(made: Path, capsys: Any) -> None:
     assert "compiling" not in capsys.readouterr().err
 
 
-def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(made: Path, tmp_path: Path) -> None:
-    job = rlhf_jobs.SupervisedJob(
-        str(made / "data" / "train" / "demonstrations.jsonl"), str(made / "base"), str(tmp_path),
-        rlhf.merged(PipelineConfig(), SMALL, "test").text,
-        rlhf.merged(PipelineConfig(), SMALL, "test").sft.loop,
-    )  # fmt: skip
-    rlhf_jobs.supervised(job)
-    whole = checkpoint.read_manifest(tmp_path / CHECKPOINTS)
-    assert whole is not None and whole[0] == 4
-    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
-    # As a kill between updates 2 and 4 leaves it.
-    shutil.rmtree(tmp_path / CHECKPOINTS / "step_000000004")
-    shutil.rmtree(tmp_path / "model")
-    rlhf_jobs.supervised(job)
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
-    steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+def test_a_stage_that_was_cut_goes_on_as_if_it_had_not_been(
+    made: Path, stage: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(rlhf_pipeline, "_judge", lambda *_: {})
+    folder = made / stage
+
+    def learned() -> list[Any]:
+        if stage == "reward":
+            return jax.tree.leaves(load_reward(str(folder)).state)
+        return jax.tree.leaves(load_model(str(folder)).params)
+
+    whole, before = learned(), checkpoint.read_manifest(folder / CHECKPOINTS)
+    # As a kill before the newest save leaves it.
+    shutil.rmtree(max((folder / CHECKPOINTS).glob("step_*")))
+    shutil.rmtree(folder / ("reward" if stage == "reward" else "model"))
+    argv = ["--config", str(made.parent / "config.json"), "--out", str(made)]
+    assert call("run", *argv) == 0
+    assert checkpoint.read_manifest(folder / CHECKPOINTS) == before
+    for mine, other in zip(learned(), whole, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+def test_a_stage_that_is_extended_hands_on_what_it_has_become(
+    made: Path, tmp_path: Path, capsys: Any
+) -> None:
+    text = ["--text.max-prompt", "6", "--text.max-answer", "16", "--loop.batch-size", "8"]
+    text += ["--loop.no-tensorboard"]
+    data = ["--data", str(made / "data/train/demonstrations.jsonl")]
+    sft = ["sft", *data, "--model", str(made / "base"), "--out", str(tmp_path / "sft"), *text]
+    assert call(*sft, "--loop.steps", "1") == 0
+    first = load_model(str(tmp_path / "sft"))
+    # In shards, whose names say nothing: the reference of DPO is recognized by its weights.
+    cut = Path(shutil.copytree(tmp_path / "sft/model", tmp_path / "cut"))
+    (cut / "model.safetensors").unlink()
+    shards = tmp_path / "shards"
+    hugging_face.save(shards, first.model.config, first.params, shard_bytes=1000)
+    for file in shards.iterdir():
+        shutil.copy(file, cut)
+    data = ["--data", str(made / "data/train/rankings.jsonl")]
+    dpo = ["dpo", *data, "--model", str(cut), "--out", str(tmp_path / "dpo"), *text]
+    assert call(*dpo, "--loop.steps", "1") == 0
+
+    assert call(*sft, "--loop.steps", "2", "--loop.override-config") == 0
+    second = load_model(str(tmp_path / "sft"))
+    saved = checkpoint.restore(
+        tmp_path / "sft" / CHECKPOINTS,
+        jax.eval_shape(make_supervised(second.model).init, jax.random.key(0),
+                       SupervisedGiven(second.params)),
+    )  # fmt: skip
+    assert saved is not None and saved.step == 2
+    for mine, other in zip(
+        jax.tree.leaves(second.params), jax.tree.leaves(saved.tree.weights), strict=True
+    ):
+        np.testing.assert_array_equal(mine, other)
+    # What was begun with the model as it was does not go on with another one.
+    shutil.rmtree(cut)
+    shutil.copytree(tmp_path / "sft/model", cut)
+    capsys.readouterr()
+    assert call(*dpo, "--loop.steps", "2", "--loop.override-config") == 2
+    assert "weights_given: " in capsys.readouterr().err
 
 
 def test_seeds_of_one_program_are_those_of_one_each(made: Path, tmp_path: Path) -> None:
     argv = ["--config", str(made.parent / "config.json"), "--out", str(tmp_path), "--no-direct"]
+    argv += ["--ppo.early-stop", "0"]
     assert call("run", *argv, "--seed", "0", "--num-seeds", "2") == 0
     several = load_model(str(tmp_path / "sft" / "seed_0")).params
     for mine, alone in zip(
@@ -154,6 +204,8 @@ def test_what_seeds_cannot_share_is_refused(made: Path, tmp_path: Path, capsys: 
     flags += ["--reward", str(made / "reward"), "--out", str(tmp_path), "--loop.num-seeds", "2"]
     assert call("ppo", *flags, "--kl-budget", "1.0") == 2
     assert "kl_budget: got 1 with 2 seeds" in capsys.readouterr().err
+    assert call("ppo", *flags, "--early-stop", "4", "--gold", "grammar") == 2
+    assert "early_stop: got 4 with 2 seeds" in capsys.readouterr().err
     with pytest.raises(ValueError, match="num_seeds: got 2 with 2 x 1 devices"):
         LoopConfig(num_seeds=2, data_devices=2)
 
@@ -240,7 +292,9 @@ def test_a_reward_model_is_judged_by_category(made: Path, tmp_path: Path, capsys
 
 def test_what_is_saved_is_what_was_trained(made: Path) -> None:
     language, loaded = load_model(str(made / "ppo")), load_reward(str(made / "reward"))
+    # The embedding has three rows more than there are tokens; nobody ever writes them.
     assert language.tokenizer.vocab == language.model.config.vocab == 61
+    assert language.params["embed"].shape == (64, 16)
     assert loaded.state.head.shape == (2, 16)
     # The unit of the scores was taken from responses of the reference.
     assert not np.allclose(loaded.state.gain, 1.0)
@@ -254,6 +308,11 @@ def test_what_is_saved_is_what_was_trained(made: Path) -> None:
         (["sft"], "--model: expected a path"),
         (["ppo", "--model", "nowhere"], "nowhere: expected the folder of a model"),
         (["generate", "--model", "x", "--best-of", "4"], "--reward: expected the folder"),
+        (["ppo", "--early-stop", "4"], "early_stop: got 4 without a true reward"),
+        (["ppo", "--kl-budget", "-1"], "kl_budget: got -1, expected at least 0"),
+        (["dpo", "--kind", "unpaired"], "learner.kind: got 'sigmoid' for answers without pairs"),
+        (["new", "--architecture.dtype", "bfloat16"], "--learner.tuning.dtype of the stages"),
+        (["run", "--ppo.learner.length", "24"], "expected text.max_answer, which is 16"),
     ],
 )
 def test_bad_commands_are_told_in_a_line(argv: list[str], message: str, capsys: Any) -> None:
