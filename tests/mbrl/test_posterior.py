@@ -111,6 +111,12 @@ def test_samples_are_drawn_anew_by_the_key_of_a_fit(kind: Any) -> None:
         np.testing.assert_array_equal(leaf, same)
         if leaf.ndim == 3:
             assert np.any(leaf != fresh) and np.any(leaf[0] != leaf[1])
+    # Recalibration scales intervals; what the weights say of the noise stays as it was fitted.
+    scaled = state.model._replace(scale=0.1 * state.model.scale)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        draw(state.posterior, scaled, data, valid, jax.random.key(1)).network, one,
+    )  # fmt: skip
 
 
 def test_the_divergence_from_the_prior_counts_once_per_data_set() -> None:
