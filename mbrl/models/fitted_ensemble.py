@@ -13,7 +13,7 @@ import optax
 
 from mbrl import optim
 from mbrl.calibration import interval_coverage, interval_scale, mixture_cdf
-from mbrl.fitting import Fit, FitConfig, fit_members
+from mbrl.fitting import Fit, FitConfig, fit_members, spread_rows
 from mbrl.mdp import RewardFn, penalized, with_intrinsic_reward, with_reward
 from mbrl.models.posterior import PosteriorKind, posterior
 from mbrl.models.probabilistic import ProbabilisticEnsemble, Target, probabilistic_ensemble
@@ -326,7 +326,7 @@ def recalibrated(
       The state with its `scale`; the mean of it, and the coverage before.
     """
     state = state._replace(scale=jnp.ones_like(state.scale))
-    rows, known = _spread_rows(held, min(MAX_HELD, held.shape[0]))
+    rows, known = spread_rows(held, min(MAX_HELD, held.shape[0]))
     part = jax.tree.map(lambda x: x[rows], data)
     out = model.predict(state, part.obs, part.action)
     mean, var = (x[state.elites] for x in out)  # those that will predict
@@ -335,18 +335,6 @@ def recalibrated(
     before = interval_coverage(mixture_cdf(mean, var, target), jnp.asarray([LEVEL]), known)
     metrics = {"model/scale": scale.mean(), "model/coverage": before.mean()}
     return state._replace(scale=scale), metrics
-
-
-def _spread_rows(mask: Array, num: int) -> tuple[Array, Array]:
-    """Return indices [num] of true entries, evenly spread where there are more, and which are real.
-
-    The first ones would be the oldest, of a policy that is long gone.
-    """
-    count = mask.sum()
-    place = jnp.nonzero(mask, size=mask.shape[0], fill_value=0)[0]
-    index = jnp.arange(num)
-    share = (index * (count / num)).astype(jnp.int32)
-    return place[jnp.where(count > num, share, index)], index < count
 
 
 def part_metrics(part: str, opt_state: Any, metrics: Metrics) -> Metrics:
