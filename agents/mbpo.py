@@ -238,7 +238,8 @@ def make_mbpo(
             found, counts = branches(
                 world, params, branch_key, starts, policy_of(sac), length, max(config.length)
             )
-            imagined = pool(found, counts & (real.count > 0))
+            counts &= real.count > 0
+            imagined = pool(found, counts)
 
             def learn(sac: SACState, key: Key) -> tuple[SACState, Metrics]:
                 draw_key, key = jax.random.split(key)
@@ -263,6 +264,10 @@ def make_mbpo(
             # Recorded rewards are not what it is after: it learns from imagined ones alone.
             curious, learned = improve(explorer.sac, explored, 0.0, *keys[3:6])
             metrics["explorer/reward"] = learned["imagined/reward"]
+            metrics |= {
+                name.replace("policy", "explorer", 1): learned[name]
+                for name in ("policy/skipped_updates", "policy/skipped_in_a_row")
+            }
             # Where it has led the other policy goes on, and meets the errors of its own critics.
             explorer = Explorer(curious, jax.random.bernoulli(keys[6]))
         return MBPOState(ensemble, sac, state.calls + 1, explorer), metrics, None
