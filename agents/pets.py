@@ -285,7 +285,9 @@ def _explored(
     """Build what is planned in while exploring for something other than the reward."""
     if config.explore == "disagreement":
         return curious_world(model, config, source)
-    explored = model.hallucinated(config.optimism)
+    explored = model.hallucinated(
+        config.optimism, config.uncertainty, config.uncertainty_scale, source is None
+    )
     if source is None:
         return explored
 

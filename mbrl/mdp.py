@@ -196,7 +196,9 @@ def with_reward(mdp: MDP, reward: RewardFn) -> MDP:
 
     Returns:
       An `MDP` whose parameters are `SplitParams(model, reward)`. Its uncertainty is the
-      reward's and the model's, as independent standard deviations.
+      reward's and the model's, as independent standard deviations in units of reward: a model that
+      reports 'raw' ones adds up what cannot be compared. Build an ensemble with
+      `own_reward=False`, or what it thinks of a reward that nobody is after counts as well.
     """
 
     def step(params: SplitParams, key: Key, state: State, action: Array) -> tuple[State, Outcome]:

@@ -171,7 +171,8 @@ def ensemble_world(
     Args:
       model: the functions of the ensemble.
       config: how it propagates, and what it calls uncertainty.
-      reward: in place of the members' own, as in `mbrl.mdp.with_reward`.
+      reward: in place of the members' own, as in `mbrl.mdp.with_reward`; theirs then does not
+        count as uncertain either.
       penalty: per unit of uncertainty, see `mbrl.mdp.penalized`.
       reports: compute uncertainty also where the penalty is 0.
     """
@@ -190,7 +191,10 @@ def curious_world(
 def _world(
     model: ProbabilisticEnsemble, config: EnsembleConfig, reward: RewardFn | None, reports: bool
 ) -> MDP:
-    mdp = model.mdp(config.propagation, reports, config.uncertainty, config.uncertainty_scale)
+    mdp = model.mdp(
+        config.propagation, reports, config.uncertainty, config.uncertainty_scale,
+        reward is None,
+    )  # fmt: skip
     return mdp if reward is None else with_reward(mdp, reward)
 
 
