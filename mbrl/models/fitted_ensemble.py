@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,9 @@ class EnsembleConfig:
     """Members that predict, best on held-out data first (P: all)."""
     hidden: tuple[int, ...] = (128, 128)
     """Hidden layers of each member (P: 3 x 500 or 4 x 200; smaller for CPU, M)."""
-    propagation: Propagation = "ts1"
-    """How particles move through the ensemble: ts1, tsinf, mean or moment_matching (P)."""
+    propagation: Propagation | Literal["auto"] = "auto"
+    """How particles move through the ensemble: ts1, tsinf, mean or moment_matching (P). auto = ts1,
+    or tsinf where members are samples of a posterior: each row keeps its own from step to step."""
     targets: tuple[Target, ...] = ("delta",)
     """What is predicted of the next observation: delta, absolute or angle (P); one for all
     dimensions of the flattened observation, or one each."""
@@ -85,6 +86,7 @@ class EnsembleConfig:
             self, "members", "elites", "batch_size", "max_epochs", "patience",
             "termination_epochs",
         )  # fmt: skip
+        check_choice(self, "propagation", ("auto", *get_args(Propagation)))
         check_choice(self, "posterior", get_args(PosteriorKind))
         check_choice(self, "uncertainty", get_args(UncertaintyKind))
         check_choice(self, "uncertainty_scale", get_args(UncertaintyScale))
@@ -188,11 +190,18 @@ def curious_world(
     return with_intrinsic_reward(_world(model, config, reward, True))
 
 
+def propagation_of(config: EnsembleConfig) -> Propagation:
+    """Return how particles move, where that is left to the kind of the members."""
+    if config.propagation == "auto":
+        return "ts1" if config.posterior == "ensemble" else "tsinf"
+    return config.propagation
+
+
 def _world(
     model: ProbabilisticEnsemble, config: EnsembleConfig, reward: RewardFn | None, reports: bool
 ) -> MDP:
     mdp = model.mdp(
-        config.propagation, reports, config.uncertainty, config.uncertainty_scale,
+        propagation_of(config), reports, config.uncertainty, config.uncertainty_scale,
         reward is None,
     )  # fmt: skip
     return mdp if reward is None else with_reward(mdp, reward)

@@ -16,6 +16,7 @@ from mbrl.models.fitted_ensemble import (
     Fitter,
     build_ensemble,
     ensemble_optimizer,
+    ensemble_world,
     fit_ensemble,
     init_ensemble,
 )
@@ -78,7 +79,8 @@ def test_a_sample_is_the_same_along_a_trajectory_and_whatever_the_key_of_a_step(
     params = state.model._replace(
         weights=state.model.weights._replace(logvar_low=silent, logvar_high=silent)
     )
-    mdp = model.mdp("tsinf")
+    config = EnsembleConfig(members=6, elites=4, posterior=kind)
+    mdp = ensemble_world(model, config, reports=True)
 
     @jax.jit
     def path(key: Any) -> Any:
@@ -204,6 +206,8 @@ def test_the_last_layer_has_the_covariance_of_a_linear_regression() -> None:
 def test_refuses_what_cannot_be_bayesian() -> None:
     with pytest.raises(ValueError, match="posterior must be one of ensemble, .*got 'swag'"):
         EnsembleConfig(posterior="swag")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="propagation must be one of auto, ts1, .*got 'ts2'"):
+        EnsembleConfig(propagation="ts2")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="uncertainty must be one of"):
         EnsembleConfig(uncertainty="entropy")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="network: got one with posterior='dropout'"):
