@@ -1,6 +1,6 @@
 # make demo      install into .venv, train PETS on Pendulum-v1, evaluate, draw the curve
 # make test      install what development needs, lint, type-check, run the fast tests
-# make lint | format | faults | learning | bench | docs | clean
+# make lint | format | faults | slow | learning | bench | docs | clean
 #
 # PYTHON=/path/to/python3.12 chooses the Python, VENV=folder the environment,
 # JOBS=4 the number of test processes.
@@ -25,7 +25,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: help demo test lint format faults learning bench docs clean
+.PHONY: help demo test lint format faults slow learning bench docs clean
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -58,6 +58,9 @@ test: lint
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m fault -n $(JOBS)
+
+slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow -n $(JOBS)
 
 learning: $(VENV)/.installed-dev
 	XLA_FLAGS= $(BIN)/python -m pytest -m learning

@@ -41,6 +41,7 @@ from mbrl.models.fitted_ensemble import (
     ensemble_world,
     fit_ensemble,
     init_ensemble,
+    part_metrics,
 )
 from mbrl.models.probabilistic import ProbabilisticEnsemble
 from mbrl.models.reward import given_reward
@@ -238,7 +239,8 @@ def make_mbpo(
             found, counts = branches(
                 world, params, branch_key, starts, policy_of(sac), length, max(config.length)
             )
-            imagined = pool(found, counts & (real.count > 0))
+            counts &= real.count > 0
+            imagined = pool(found, counts)
 
             def learn(sac: SACState, key: Key) -> tuple[SACState, Metrics]:
                 draw_key, key = jax.random.split(key)
@@ -263,6 +265,7 @@ def make_mbpo(
             # Recorded rewards are not what it is after: it learns from imagined ones alone.
             curious, learned = improve(explorer.sac, explored, 0.0, *keys[3:6])
             metrics["explorer/reward"] = learned["imagined/reward"]
+            metrics |= part_metrics("explorer", curious.opt_state, {})
             # Where it has led the other policy goes on, and meets the errors of its own critics.
             explorer = Explorer(curious, jax.random.bernoulli(keys[6]))
         return MBPOState(ensemble, sac, state.calls + 1, explorer), metrics, None

@@ -147,7 +147,7 @@ def make_pets(
       config: see `PETSConfig`. Float fields may be traced.
       network: `(out) -> Network` of one member, to replace the default MLP.
       reward_fn: known reward `(obs, action, next_obs) -> [B]`, to plan with instead of a
-        learned one.
+        learned one, and in place of the recorded one in whatever is learned.
 
     Raises:
       ValueError: for tasks that PETS cannot model, and impossible settings.
@@ -212,13 +212,14 @@ def make_pets(
         return action, carry._replace(exploring=warm), ()
 
     def update(state: PETSState, batch: Batch, key: Key) -> tuple[PETSState, Metrics, None]:
+        batch = _relabelled(batch, reward_fn)
         data, valid = replay.transitions(batch)
         num_envs, rows = batch.valid.shape
         holdout = replay.holdout_mask((num_envs, rows), config.holdout).reshape(-1)
         model_key, ending_key, reward_key, value_key, gap_key = jax.random.split(key, 5)
         compared = newest_exploitation(
-            believed.mdp, believed.params(state), gap_key, batch, rewarded(data, reward_fn),
-            config.train_every, state.model.targets.count > 0,
+            believed.mdp, believed.params(state), gap_key, batch, data, config.train_every,
+            state.model.targets.count > 0,
         )  # fmt: skip
         fit = Fitter(optimizer, data, valid & holdout)
         ensemble = FittedEnsemble(
@@ -284,7 +285,9 @@ def _explored(
     """Build what is planned in while exploring for something other than the reward."""
     if config.explore == "disagreement":
         return curious_world(model, config, source)
-    explored = model.hallucinated(config.optimism)
+    explored = model.hallucinated(
+        config.optimism, config.uncertainty, config.uncertainty_scale, source is None
+    )
     if source is None:
         return explored
 
@@ -292,6 +295,15 @@ def _explored(
         return source(params, obs, executed_action(spec.action, action), next_obs)
 
     return with_reward(explored, executed)
+
+
+def _relabelled(batch: Batch, reward_fn: Callable[[Any, Array, Any], Array] | None) -> Batch:
+    """Replace the rewards of a ring by known ones: of records, which pay for the step before."""
+    if reward_fn is None:
+        return batch
+    data = rewarded(replay.transitions(batch)[0], reward_fn)
+    paid = jnp.where(batch.valid, data.reward.reshape(batch.valid.shape), 0.0)
+    return batch._replace(record=batch.record._replace(reward=jnp.roll(paid, 1, 1)))
 
 
 def _iterate_value(

@@ -211,7 +211,9 @@ def make_learner(spec: EnvSpec, config: LearnerConfig, agent: str = "SAC") -> Le
             entropy = average(choices.entropy(), weight)
             total = error - worth
             if config.tune_temperature:
-                total += temperature_loss(weights.log_temperature, entropy, wanted)
+                # Without a row that counts there is no entropy to steer.
+                steered = temperature_loss(weights.log_temperature, entropy, wanted)
+                total += jnp.where(weight.any(), steered, 0.0)
             return total, {
                 "policy/entropy": entropy,
                 "policy/temperature": temperature,

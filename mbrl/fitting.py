@@ -40,7 +40,7 @@ class FitConfig:
     """Decay per step of the average over weights that is evaluated and kept; 0 = none. It
     does what a decaying learning rate would, without knowing when a member will stop."""
     max_holdout: int = 1000
-    """Held-out rows that are evaluated at most."""
+    """Held-out rows that are evaluated at most, evenly spread over all of them."""
 
 
 class Progress(NamedTuple):
@@ -73,10 +73,19 @@ def select_members(mask: Array, new: Params, old: Params) -> Params:
     )
 
 
-def _first_true(mask: Array, num: int) -> tuple[Array, Array]:
-    """Return the indices [num] of the first true entries, padded, and which are real."""
-    index = jnp.nonzero(mask, size=num, fill_value=0)[0]
-    return index, jnp.arange(num) < mask.sum()
+def spread_rows(mask: Array, num: int) -> tuple[Array, Array]:
+    """Choose true entries of a mask [M], evenly spread over it where there are more than asked for.
+
+    The first ones of a ring would be the oldest, of a policy that is long gone.
+
+    Returns:
+      Their indices [num] in order, padded, and which of them are real, bool [num].
+    """
+    count = mask.sum()
+    place = jnp.nonzero(mask, size=mask.shape[0], fill_value=0)[0]
+    index = jnp.arange(num)
+    share = (index * (count / num)).astype(jnp.int32)
+    return place[jnp.where(count > num, share, index)], index < count
 
 
 def bootstrap_rows(key: Key, num_members: int, rows: Array, count: Array, resample: bool) -> Array:
@@ -136,9 +145,9 @@ def fit_members(
     num_members = jax.tree.leaves(weights)[0].shape[0]
     boot_key, epoch_key = jax.random.split(key)
     count = train.sum()
-    rows, _ = _first_true(train, train.shape[0])
+    rows, _ = spread_rows(train, train.shape[0])
     members = bootstrap_rows(boot_key, num_members, rows, count, config.bootstrap)
-    held, held_mask = _first_true(holdout, min(config.max_holdout, holdout.shape[0]))
+    held, held_mask = spread_rows(holdout, min(config.max_holdout, holdout.shape[0]))
     held_data = jax.tree.map(lambda x: x[held], data)
     known = held_mask.any() & (error is not None)
     num_batches = jnp.maximum(-(-count // config.batch_size), config.min_batches)

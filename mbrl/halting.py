@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from mbrl import normalization
+from mbrl.fitting import spread_rows
 from mbrl.mdp import uncertainty_of
 from mbrl.types import MDP, Array, Key, Params, Transition
+
+MAX_ROWS = 4000
+"""Recorded steps whose uncertainty is asked for, at most."""
 
 
 class Halt(NamedTuple):
@@ -48,18 +53,21 @@ def fit_halt(
       key: consumed.
       data: recorded transitions [M, ...].
       mask: bool [M], which of them count.
-      quantile: share in (0, 1] of recorded steps that are known; 1 is their maximum, 0 halts
-        nowhere. May be traced, as the next two.
+      quantile: share in (0, 1] of recorded steps that are known, of `MAX_ROWS` evenly spread ones
+        where there are more; 1 is their maximum, 0 halts nowhere. May be traced, as the next two.
       margin: standard deviations of the recorded reward.
       steps: how many steps the halt lasts, discounted: `1 / (1 - discount)` without end.
 
     Raises:
       ValueError: if the model was built without uncertainty.
     """
-    state = mdp.init(params, key, data.obs)
-    outcome = mdp.step(params, key, state, data.action)[1]
+    # All members are asked about every row: a whole ring of them would not fit for long.
+    rows, real = spread_rows(mask, min(MAX_ROWS, mask.shape[0]))
+    obs, action = jax.tree.map(lambda x: x[rows], (data.obs, data.action))
+    init_key, step_key = jax.random.split(key)
+    outcome = mdp.step(params, step_key, mdp.init(params, init_key, obs), action)[1]
     found = uncertainty_of(outcome, "fit_halt")
-    known = jnp.nanquantile(jnp.where(mask, found, jnp.nan), quantile)
+    known = jnp.nanquantile(jnp.where(real, found, jnp.nan), quantile)
     some = mask.any() & (quantile > 0)
     worst = jnp.min(data.reward, where=mask, initial=0.0)
     spread = normalization.fit(data.reward[:, None], mask).std[0]

@@ -155,8 +155,8 @@ def halted(mdp: MDP, threshold: float | Array, penalty: float | Array) -> MDP:
 
     Args:
       mdp: a model that reports `Outcome.uncertainty` (a simulator reports 0).
-      threshold: uncertainty, in units of reward, above which a step is unknown; inf never
-        halts. May be traced, see `mbrl.halting.fit_halt`.
+      threshold: uncertainty, in units of reward, above which a step is unknown, as is one whose
+        uncertainty is not a number; inf never halts. May be traced, see `mbrl.halting.fit_halt`.
       penalty: what the reward of an unknown step is lowered to, with the sign turned. Nothing
         follows, so it stands for all that would have: the discount of the step is 0.
 
@@ -165,7 +165,9 @@ def halted(mdp: MDP, threshold: float | Array, penalty: float | Array) -> MDP:
     """
 
     def change(outcome: Outcome) -> Outcome:
-        unknown = uncertainty_of(outcome, "halted") > threshold
+        # What is not a number is not known either.
+        known = uncertainty_of(outcome, "halted") <= threshold
+        unknown = ~(known | (threshold == jnp.inf))
         return outcome._replace(
             reward=jnp.where(unknown, -penalty, outcome.reward),
             discount=jnp.where(unknown, 0.0, outcome.discount),
@@ -194,7 +196,9 @@ def with_reward(mdp: MDP, reward: RewardFn) -> MDP:
 
     Returns:
       An `MDP` whose parameters are `SplitParams(model, reward)`. Its uncertainty is the
-      reward's and the model's, as independent standard deviations.
+      reward's and the model's, as independent standard deviations in units of reward: a model that
+      reports 'raw' ones adds up what cannot be compared. Build an ensemble with
+      `own_reward=False`, or what it thinks of a reward that nobody is after counts as well.
     """
 
     def step(params: SplitParams, key: Key, state: State, action: Array) -> tuple[State, Outcome]:

@@ -189,6 +189,7 @@ def reported_uncertainty(
     spread: Array,
     kind: UncertaintyKind = "std",
     scale: UncertaintyScale = "reward",
+    own_reward: bool = True,
 ) -> Array:
     """Compute what a model reports as `Outcome.uncertainty`, from all of its members.
 
@@ -201,6 +202,8 @@ def reported_uncertainty(
         one coefficient of a penalty then means the same in every environment. The lengths are root
         mean squares over targets, the information gain is a mean. 'raw' = in the units of the
         observations, as MOPO published it (norms, not per target).
+      own_reward: count the last target as well. Where another reward is acted for, the members'
+        own opinion of it says nothing; its spread is the unit still.
 
     Returns:
       [B] uncertainty, in units of reward ('reward') or of the targets ('raw').
@@ -212,8 +215,11 @@ def reported_uncertainty(
         raise ValueError(
             f"scale: got {scale!r}, expected one of {list(get_args(UncertaintyScale))}"
         )
+    unit = spread[-1]
+    if not own_reward:
+        means, variances, spread = (x[..., :-1] for x in (means, variances, spread))
     if scale == "raw":
         return member_uncertainty(spread * means, jnp.square(spread) * variances, kind)
     size = means.shape[-1]
     parts = {"jensen_renyi": 1.0, "information_gain": size}.get(kind, size**0.5)
-    return member_uncertainty(means, variances, kind) / parts * spread[-1]
+    return member_uncertainty(means, variances, kind) / parts * unit

@@ -19,7 +19,13 @@ from mbrl.exploitation import newest_exploitation
 from mbrl.imagination import branches
 from mbrl.mdp import episodic, timestep
 from mbrl.mixing import Pool, mixed, pool
-from mbrl.models.fitted_ensemble import Fitter, build_ensemble, ensemble_optimizer, fit_ensemble
+from mbrl.models.fitted_ensemble import (
+    Fitter,
+    build_ensemble,
+    ensemble_optimizer,
+    fit_ensemble,
+    propagation_of,
+)
 from mbrl.training.device import DeviceState, start_state
 from mbrl.training.learner import (
     DriverConfig,
@@ -108,7 +114,7 @@ def programs(config: MBPOConfig) -> Programs:
     agent, sac = make_mbpo(spec, config), make_learner(spec, config.sac)
     stream = episodic(env, spec.max_episode_steps)
     ensemble, optimizer = build_ensemble(spec, config), ensemble_optimizer(config)
-    mdp = ensemble.mdp(config.propagation, uncertainty=False)
+    mdp = ensemble.mdp(propagation_of(config), uncertainty=False)
 
     def step(state: DeviceState, mode: Mode = "explore") -> DeviceState:
         env_key, key = jax.random.split(state.key)

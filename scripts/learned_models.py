@@ -47,7 +47,8 @@ def learned_model(directory: Path, propagation: Propagation) -> LearnedModel:
       propagation: how imagined states move through the members.
 
     Raises:
-      ValueError: for a run of another agent, without a save, or without a recorded start.
+      ValueError: for a run of another agent or with a reward from preferences, without a save, or
+        without a recorded start.
     """
     job = runs.load(directory)
     config: Any = job.config
@@ -55,6 +56,11 @@ def learned_model(directory: Path, propagation: Propagation) -> LearnedModel:
         raise ValueError(
             f"{directory}: {job.agent_name} learns no ensemble that episodes can begin in, "
             "expected a run of pets or mbpo"
+        )
+    if job.preferences.labels:
+        raise ValueError(
+            f"{directory}: {job.agent_name} learns its reward from preferences, expected a run "
+            "with the reward of the environment"
         )
     restored = runs.restore(job, directory)
     if restored is None:

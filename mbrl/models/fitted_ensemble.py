@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import optax
 
 from mbrl import optim
 from mbrl.calibration import interval_coverage, interval_scale, mixture_cdf
-from mbrl.fitting import Fit, FitConfig, fit_members
+from mbrl.fitting import Fit, FitConfig, fit_members, spread_rows
 from mbrl.mdp import RewardFn, penalized, with_intrinsic_reward, with_reward
 from mbrl.models.posterior import PosteriorKind, posterior
 from mbrl.models.probabilistic import ProbabilisticEnsemble, Target, probabilistic_ensemble
@@ -48,8 +48,9 @@ class EnsembleConfig:
     """Members that predict, best on held-out data first (P: all)."""
     hidden: tuple[int, ...] = (128, 128)
     """Hidden layers of each member (P: 3 x 500 or 4 x 200; smaller for CPU, M)."""
-    propagation: Propagation = "ts1"
-    """How particles move through the ensemble: ts1, tsinf, mean or moment_matching (P)."""
+    propagation: Propagation | Literal["auto"] = "auto"
+    """How particles move through the ensemble: ts1, tsinf, mean or moment_matching (P). auto = ts1,
+    or tsinf where members are samples of a posterior: each row keeps its own from step to step."""
     targets: tuple[Target, ...] = ("delta",)
     """What is predicted of the next observation: delta, absolute or angle (P); one for all
     dimensions of the flattened observation, or one each."""
@@ -85,6 +86,7 @@ class EnsembleConfig:
             self, "members", "elites", "batch_size", "max_epochs", "patience",
             "termination_epochs",
         )  # fmt: skip
+        check_choice(self, "propagation", ("auto", *get_args(Propagation)))
         check_choice(self, "posterior", get_args(PosteriorKind))
         check_choice(self, "uncertainty", get_args(UncertaintyKind))
         check_choice(self, "uncertainty_scale", get_args(UncertaintyScale))
@@ -171,7 +173,8 @@ def ensemble_world(
     Args:
       model: the functions of the ensemble.
       config: how it propagates, and what it calls uncertainty.
-      reward: in place of the members' own, as in `mbrl.mdp.with_reward`.
+      reward: in place of the members' own, as in `mbrl.mdp.with_reward`; theirs then does not
+        count as uncertain either.
       penalty: per unit of uncertainty, see `mbrl.mdp.penalized`.
       reports: compute uncertainty also where the penalty is 0.
     """
@@ -187,10 +190,20 @@ def curious_world(
     return with_intrinsic_reward(_world(model, config, reward, True))
 
 
+def propagation_of(config: EnsembleConfig) -> Propagation:
+    """Return how particles move, where that is left to the kind of the members."""
+    if config.propagation == "auto":
+        return "ts1" if config.posterior == "ensemble" else "tsinf"
+    return config.propagation
+
+
 def _world(
     model: ProbabilisticEnsemble, config: EnsembleConfig, reward: RewardFn | None, reports: bool
 ) -> MDP:
-    mdp = model.mdp(config.propagation, reports, config.uncertainty, config.uncertainty_scale)
+    mdp = model.mdp(
+        propagation_of(config), reports, config.uncertainty, config.uncertainty_scale,
+        reward is None,
+    )  # fmt: skip
     return mdp if reward is None else with_reward(mdp, reward)
 
 
@@ -326,7 +339,7 @@ def recalibrated(
       The state with its `scale`; the mean of it, and the coverage before.
     """
     state = state._replace(scale=jnp.ones_like(state.scale))
-    rows, known = _spread_rows(held, min(MAX_HELD, held.shape[0]))
+    rows, known = spread_rows(held, min(MAX_HELD, held.shape[0]))
     part = jax.tree.map(lambda x: x[rows], data)
     out = model.predict(state, part.obs, part.action)
     mean, var = (x[state.elites] for x in out)  # those that will predict
@@ -335,18 +348,6 @@ def recalibrated(
     before = interval_coverage(mixture_cdf(mean, var, target), jnp.asarray([LEVEL]), known)
     metrics = {"model/scale": scale.mean(), "model/coverage": before.mean()}
     return state._replace(scale=scale), metrics
-
-
-def _spread_rows(mask: Array, num: int) -> tuple[Array, Array]:
-    """Return indices [num] of true entries, evenly spread where there are more, and which are real.
-
-    The first ones would be the oldest, of a policy that is long gone.
-    """
-    count = mask.sum()
-    place = jnp.nonzero(mask, size=mask.shape[0], fill_value=0)[0]
-    index = jnp.arange(num)
-    share = (index * (count / num)).astype(jnp.int32)
-    return place[jnp.where(count > num, share, index)], index < count
 
 
 def part_metrics(part: str, opt_state: Any, metrics: Metrics) -> Metrics:

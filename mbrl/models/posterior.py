@@ -192,7 +192,9 @@ def posterior(
         if kind == "laplace":
             x = normalization.normalize(state.inputs, codec.regression(data)[0])
             features = bayesian.hidden_features(trained["mean"], x)
-            out = one.predict(state._replace(weights=weights), data.obs, data.action)
+            # Noise as it was fitted: a scale would be that of an earlier fit, and of intervals.
+            fitted = state._replace(weights=weights, scale=jnp.ones_like(state.scale))
+            out = one.predict(fitted, data.obs, data.action)
             last = bayesian.layer_names(drawn)[-1]
             drawn[last] = last_layer_samples(drawn[last], features, out.var[0], mask, last_key)
         bounds = weights.logvar_low, weights.logvar_high

@@ -60,9 +60,10 @@ class ProbabilisticEnsemble(NamedTuple):
       target: `(state, transition [B, ...]) -> [B, D + 1]`, what is to be predicted, in the same
         standardized units.
       survival: `(state, next_obs [B, ...]) -> [N, B]` probability of not terminating there.
-      mdp: `(propagation, uncertainty, kind, scale) -> MDP` whose parameters are `EnsembleState`;
-        `uncertainty` says whether it is reported, `kind` and `scale` how, see `mbrl.uncertainty`.
-      hallucinated: `(beta) -> MDP`, see `mbrl.models.hallucination`.
+      mdp: `(propagation, uncertainty, kind, scale, own_reward) -> MDP` whose parameters are
+        `EnsembleState`; `uncertainty` says whether it is reported, the others how, see
+        `mbrl.uncertainty.reported_uncertainty`. `own_reward` is False under `with_reward`.
+      hallucinated: `(beta, kind, scale, own_reward) -> MDP`, see `mbrl.models.hallucination`.
       termination: the model behind `EnsembleState.termination`, to be fitted on its own.
       posterior: the `mbrl.models.posterior.Posterior` that the members are samples of, fitted in
         place of `loss`; None where each of them is fitted on its own.
@@ -76,7 +77,7 @@ class ProbabilisticEnsemble(NamedTuple):
     target: Callable[[EnsembleState, Transition], Array]
     survival: Callable[[EnsembleState, Any], Array]
     mdp: Callable[..., MDP]
-    hallucinated: Callable[[float | Array], MDP]
+    hallucinated: Callable[..., MDP]
     termination: TerminationModel
     posterior: Any = None
 
@@ -95,10 +96,10 @@ def predicted_variance(state: EnsembleState, out: Prediction) -> Uncertainty:
     return total_variance(spread * out.mean, jnp.square(spread) * out.var)
 
 
-def _measure(kind: UncertaintyKind, scale: UncertaintyScale) -> Measure:
+def _measure(kind: UncertaintyKind, scale: UncertaintyScale, own_reward: bool) -> Measure:
     def measure(state: EnsembleState, members: Prediction) -> Array:
         spread = state.targets.std
-        return reported_uncertainty(members.mean, members.var, spread, kind, scale)
+        return reported_uncertainty(members.mean, members.var, spread, kind, scale, own_reward)
 
     return measure
 
@@ -291,12 +292,18 @@ def probabilistic_ensemble(
         uncertainty: bool = True,
         kind: UncertaintyKind = "std",
         scale: UncertaintyScale = "reward",
+        own_reward: bool = True,
     ) -> MDP:
-        report = _measure(kind, scale) if uncertainty else None
+        report = _measure(kind, scale, own_reward) if uncertainty else None
         return ensemble_mdp(spec, heads, num_members, num_elites, propagation, report)
 
-    def hallucinated(beta: float | Array) -> MDP:
-        report = _measure("std", "reward")
+    def hallucinated(
+        beta: float | Array,
+        kind: UncertaintyKind = "std",
+        scale: UncertaintyScale = "reward",
+        own_reward: bool = True,
+    ) -> MDP:
+        report = _measure(kind, scale, own_reward)
         return hallucinated_mdp(spec, heads, num_members, num_elites, beta, report)
 
     return ProbabilisticEnsemble(

@@ -122,7 +122,8 @@ class ValueEquivalent(NamedTuple):
       predictor: of a latent: logits, or mean and log-deviation of a Box action scaled to
         [-1, 1], [B, 2 A]; and the value.
       mdp: imagination over latents [B, L], which are all that can be observed of it. Nothing
-        ends: what follows an end is worth 0.
+        ends: what follows an end is worth 0. Its uncertainty is the deviation of the reward heads
+        and, per step, of the value heads: `1 - discount` of theirs, nothing without discount.
     """
 
     init: Callable[[Key], ValueEquivalentState]
@@ -296,7 +297,8 @@ def value_equivalent(
         latent = advance(state.weights, latent, action)
         reward = reward_scale.mean(heads(nets.reward, state.weights["reward"], latent))
         value = value_scale.mean(heads(nets.value, state.weights["value"], latent))
-        spread = jnp.sqrt(reward.var(0) + value.var(0))
+        # A value is a return: per step, a share 1 - discount of it.
+        spread = jnp.sqrt(reward.var(0) + (1.0 - discount) ** 2 * value.var(0))
         return latent, Outcome(reward.mean(0), jnp.ones(latent.shape[0]), spread)
 
     def predictor(state: ValueEquivalentState, latent: Array) -> tuple[Array, Array]:

@@ -315,10 +315,29 @@ def test_a_given_reward_is_asked_about_what_is_executed():
     assert action.shape == (1, 1)
 
 
+def test_a_given_reward_is_the_unit_of_penalties_the_cost_of_a_halt_and_what_values_sum():
+    def reward(obs: Any, action: Any, next_obs: Any) -> Any:
+        return 50.0 + 10.0 * action[:, 0] + next_obs[:, 0]
+
+    config = dataclasses.replace(VALUED, halt=0.9, max_epochs=1, value_rounds=1)
+    batch = batch_of(PUSH)  # whose rewards are of about -1
+    _, state, _ = trained(make_pets(PUSH, config, reward_fn=reward), batch)
+    data, valid = replay.transitions(batch)
+    given = np.asarray(reward(data.obs, data.action, data.next_obs))[np.asarray(valid)]
+    np.testing.assert_allclose(state.model.targets.mean[-1], given.mean(), rtol=1e-4)
+    np.testing.assert_allclose(state.model.targets.std[-1], given.std(), rtol=1e-3)
+    np.testing.assert_allclose(state.halt.penalty, 10.0 * given.std(), rtol=1e-3)
+    # Nothing is known of values yet: returns weigh the next rewards by 0.9 * 0.3 per step.
+    assert float(state.value.low) > 0.99 * given.min()
+    assert float(state.value.units.mean) < given.max() / (1.0 - 0.27)
+
+
 def test_members_may_be_samples_of_a_posterior_that_goes_on_learning():
-    agent = make_pets(PUSH, dataclasses.replace(TINY, posterior="variational", members=3))
+    config = dataclasses.replace(TINY, posterior="variational", members=3, recalibrate=True)
+    agent = make_pets(PUSH, config)
     before, after, metrics = trained(agent, batch_of(PUSH))
     assert all(np.isfinite(value) for value in metrics.values())
+    assert np.all(after.model.scale != 1.0)
     assert distance(before.posterior, after.posterior) > 1e-4
     samples = after.model.weights.network["Dense_1"]["kernel"]
     assert samples.shape[0] == 3 and np.any(samples[0] != samples[1])

@@ -15,6 +15,7 @@ from mbrl import spaces
 from mbrl.imagination import imagine
 from mbrl.models.value_equivalent import ValueEquivalentConfig, value_equivalent
 from mbrl.planning import PLANNERS, PlannerConfig, planner
+from tests.mbrl.test_posterior import fitted as sampled
 from tests.mbrl.test_probabilistic import fitted
 
 
@@ -26,6 +27,11 @@ def simulator() -> Any:
 def learned() -> Any:
     model, state, _ = fitted()
     return model.mdp("ts1", uncertainty=False), state, jnp.array([[0.6, 0.1], [-0.8, -0.2]])
+
+
+def samples() -> Any:
+    model, state, _ = sampled("laplace")
+    return model.mdp("tsinf", uncertainty=False), state.model, jnp.array([[0.6, 0.1], [-0.8, -0.2]])
 
 
 def value_equivalent_model() -> Any:
@@ -45,7 +51,8 @@ def value_equivalent_model() -> Any:
 
 
 CASES = {
-    "pendulum": simulator, "ensemble": learned, "value-equivalent": value_equivalent_model,
+    "pendulum": simulator, "ensemble": learned, "posterior": samples,
+    "value-equivalent": value_equivalent_model,
 }  # fmt: skip
 
 

@@ -40,6 +40,15 @@ def test_a_choice_moves_each_dimension_by_its_own_deviation_and_the_reward_is_th
         np.testing.assert_allclose(outcome.reward[0], center[2] + 2.0 * spread[2], rtol=1e-4)
 
 
+def test_uncertainty_is_reported_as_asked():
+    model, state = silent()
+    obs, action = jnp.array([[0.3, -0.6]]), jnp.array([[2.0, 0.0, 0.0]])
+    asked = "pairwise", "raw", False
+    hoped = jax.jit(model.hallucinated(1.0, *asked).step)(state, KEY, obs, action)[1]
+    plain = jax.jit(model.mdp("mean", True, *asked).step)(state, KEY, obs, action[:, :1])[1]
+    np.testing.assert_allclose(hoped.uncertainty, plain.uncertainty, rtol=1e-5)
+
+
 def test_a_planner_is_at_least_as_hopeful_as_without_and_acts_within_bounds():
     model, state = silent()
     config = PlannerConfig("cem", 4, population=64, iterations=3, particles=1, elites=8)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mbrl import halting, spaces
 from mbrl import mdp as mdps
-from mbrl import spaces
 from mbrl.halting import fit_halt
 from mbrl.imagination import branches
 from mbrl.types import MDP, EnvSpec, Outcome, Transition
@@ -49,6 +49,10 @@ def test_an_unknown_step_is_the_last_one_and_others_are_left_alone():
     np.testing.assert_allclose(outcome.reward, [2.0, -7.0, 1.5])
     np.testing.assert_allclose(outcome.discount, [0.9, 0.0, 0.9])
     np.testing.assert_allclose(outcome.uncertainty, [2.0, 2.5, 1.5])
+    unknown = jnp.array([jnp.nan, jnp.inf])
+    for threshold, ends in ((2.0, [0.0, 0.0]), (jnp.inf, [0.9, 0.9])):
+        outcome = mdps.halted(line(), threshold, 7.0).step(None, KEY, unknown, action[:2])[1]
+        np.testing.assert_allclose(outcome.discount, ends)
     with pytest.raises(ValueError, match=r"halted: .*uncertainty=True"):
         mdps.halted(line(unsure=False), 2.0, 7.0).step(None, KEY, state, action)
 
@@ -83,6 +87,26 @@ def test_the_threshold_is_a_quantile_of_what_was_recorded(quantile, wanted):
     np.testing.assert_allclose(halt.threshold, wanted, rtol=1e-5)
     traced = jax.jit(lambda q: fit_halt(line(), None, KEY, *recorded(), q, 1.0, 1.0))(quantile)
     np.testing.assert_allclose(traced.threshold, wanted, rtol=1e-5)
+
+
+def test_of_many_records_some_are_asked_about_with_a_key_for_the_start_and_one_for_the_step(
+    monkeypatch,
+):
+    monkeypatch.setattr(halting, "MAX_ROWS", 5)
+    keys, mdp = [], line()
+
+    def init(params: Any, key: Any, obs: Any, batch: int = 1) -> Any:
+        keys.append(key)
+        assert obs.shape == (5, 1)
+        return mdp.init(params, key, obs)
+
+    def step(params: Any, key: Any, *rest: Any) -> Any:
+        keys.append(key)
+        return mdp.step(params, key, *rest)
+
+    halt = fit_halt(mdp._replace(init=init, step=step), None, KEY, *recorded(), 1.0, 1.0, 1.0)
+    np.testing.assert_allclose(halt.threshold, 0.9, rtol=1e-5)  # of 0.1, 0.3, ... of ten
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in (*keys, KEY)}) == 3
 
 
 def test_a_halt_costs_more_than_the_worst_that_was_recorded_or_an_end():

@@ -16,6 +16,7 @@ from mbrl.models.fitted_ensemble import (
     Fitter,
     build_ensemble,
     ensemble_optimizer,
+    ensemble_world,
     fit_ensemble,
     init_ensemble,
 )
@@ -78,7 +79,8 @@ def test_a_sample_is_the_same_along_a_trajectory_and_whatever_the_key_of_a_step(
     params = state.model._replace(
         weights=state.model.weights._replace(logvar_low=silent, logvar_high=silent)
     )
-    mdp = model.mdp("tsinf")
+    config = EnsembleConfig(members=6, elites=4, posterior=kind)
+    mdp = ensemble_world(model, config, reports=True)
 
     @jax.jit
     def path(key: Any) -> Any:
@@ -111,6 +113,12 @@ def test_samples_are_drawn_anew_by_the_key_of_a_fit(kind: Any) -> None:
         np.testing.assert_array_equal(leaf, same)
         if leaf.ndim == 3:
             assert np.any(leaf != fresh) and np.any(leaf[0] != leaf[1])
+    # Recalibration scales intervals; what the weights say of the noise stays as it was fitted.
+    scaled = state.model._replace(scale=0.1 * state.model.scale)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        draw(state.posterior, scaled, data, valid, jax.random.key(1)).network, one,
+    )  # fmt: skip
 
 
 def test_the_divergence_from_the_prior_counts_once_per_data_set() -> None:
@@ -198,6 +206,8 @@ def test_the_last_layer_has_the_covariance_of_a_linear_regression() -> None:
 def test_refuses_what_cannot_be_bayesian() -> None:
     with pytest.raises(ValueError, match="posterior must be one of ensemble, .*got 'swag'"):
         EnsembleConfig(posterior="swag")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="propagation must be one of auto, ts1, .*got 'ts2'"):
+        EnsembleConfig(propagation="ts2")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="uncertainty must be one of"):
         EnsembleConfig(uncertainty="entropy")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="network: got one with posterior='dropout'"):

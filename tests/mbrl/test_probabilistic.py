@@ -368,6 +368,28 @@ def test_no_data_changes_nothing():
     np.testing.assert_array_equal(fit.weights["w"], 1.0)
 
 
+def test_held_out_rows_are_spread_over_all_of_them_where_there_are_too_many():
+    weights, optimizer = {"w": jnp.ones((2, 1))}, optax.sgd(0.1)
+    data = {"x": jnp.arange(40.0)}
+
+    def error(weights, batch, mask):  # names the rows that it was shown
+        return jnp.sum(mask * 50.0 ** -jnp.arange(len(mask)) * batch["x"]) * jnp.ones(2)
+
+    def shown(held, most):
+        fit = fit_members(
+            lambda w, b: (jnp.sum(w["w"] ** 2, 1) + 0.0 * b["x"].sum(1), {}), error,
+            optimizer, weights, optimizer.init(weights), data, ~held, held, jax.random.key(0),
+            FitConfig(batch_size=8, max_epochs=1, min_batches=1, max_holdout=most),
+        )  # fmt: skip
+        return float(fit.error[0])
+
+    held = (jnp.arange(40) >= 4) & (jnp.arange(40) % 3 > 0)  # 24 rows, the first of which is 4
+    place = np.flatnonzero(held)
+    for most, rows in ((4, place[[0, 6, 12, 18]]), (30, place)):
+        want = np.sum(rows * 50.0 ** -np.arange(len(rows)))
+        np.testing.assert_allclose(shown(held, most), want, rtol=1e-6)
+
+
 def test_bootstrap_is_drawn_once_with_replacement_from_the_valid_rows():
     rows = jnp.arange(100, 200)
     members = np.asarray(bootstrap_rows(jax.random.key(0), 3, rows, jnp.array(60), True))

@@ -264,15 +264,25 @@ def test_planning_through_a_model_with_a_learned_reward() -> None:
     dynamics = probabilistic_ensemble(SPEC, 2, (4,))
     data = transitions(20)
     state = dynamics.standardize(dynamics.init(jax.random.key(1)), data, jnp.ones(20, bool))
-    mdp = mdps.with_reward(dynamics.mdp("mean"), model)
+    alone = dynamics.mdp("mean", own_reward=False)
+    mdp = mdps.with_reward(alone, model)
     params = mdps.SplitParams(state, reward)
     key, coef = jax.random.key(2), 2.0
     flat, outcome = jax.jit(mdp.step)(params, key, data.obs, data.action)
     estimate = model.predict(reward, data.obs, data.action, flat)
     np.testing.assert_allclose(outcome.reward, estimate.mean, rtol=1e-4)
     # The parts are independent: their variances add, and the penalty takes each of them once.
-    own = dynamics.mdp("mean").step(state, key, data.obs, data.action)[1].uncertainty
+    own = alone.step(state, key, data.obs, data.action)[1].uncertainty
     assert own is not None
+    # The head of the ensemble for a reward that nobody is after is not one of them.
+    head = state.weights.network["Dense_1"]["kernel"].at[1, :, 2].add(100.0)
+    loud = state._replace(weights=state.weights._replace(
+        network=state.weights.network | {
+            "Dense_1": state.weights.network["Dense_1"] | {"kernel": head}
+        }
+    ))  # fmt: skip
+    louder = alone.step(loud, key, data.obs, data.action)[1].uncertainty
+    np.testing.assert_allclose(louder, own, rtol=1e-5)
     spread = np.sqrt(np.square(own) + np.square(estimate.epistemic))
     cautious = mdps.penalized(mdp, coef).step(params, key, data.obs, data.action)[1]
     np.testing.assert_allclose(outcome.reward - cautious.reward, coef * spread, rtol=1e-2)

@@ -161,6 +161,10 @@ def test_reported_uncertainty_is_in_units_of_reward_or_as_published() -> None:
         np.testing.assert_allclose(units, value)
         if kind != "jensen_renyi":  # whose bound is log N
             np.testing.assert_allclose(twice, value, rtol=1e-5)
+        # Without the reward among the targets it is the unit of the others still.
+        first = unc.member_uncertainty(MEANS[..., :1], VARIANCES[..., :1], kind)
+        np.testing.assert_allclose(report(kind, own_reward=False), 10.0 * first, rtol=1e-6)
+    np.testing.assert_allclose(report("pairwise", "raw", own_reward=False), 6.0, rtol=1e-6)
     with pytest.raises(ValueError, match="kind: got 'variance'"):
         report("variance")
     with pytest.raises(ValueError, match="scale: got 'meters'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from PIL import Image
 
 import envs
+from agents.pets import PETSConfig
+from agents.preferences import PreferencesConfig
 from mbrl.planning import PlannerConfig
 from mbrl.types import MDP
-from scripts import model_figures, model_report, report
+from scripts import learned_models, model_figures, model_report, report
 from scripts.cli import run as run_job
 from scripts.model_report import Modelled, Returns
 from tests.scripts.test_dream import save
@@ -90,6 +93,15 @@ def test_what_is_no_run_with_an_ensemble_is_refused(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "a run of ppo, which has no ensemble; it is for runs of pets, mbpo" in error
     assert error.count("\n") == 1
+
+
+def test_a_model_of_a_reward_from_preferences_is_no_model_of_the_task(tmp_path, monkeypatch):
+    job = SimpleNamespace(
+        agent_name="pets", config=PETSConfig(), preferences=PreferencesConfig(labels=5)
+    )
+    monkeypatch.setattr(learned_models.runs, "load", lambda directory: job)
+    with pytest.raises(ValueError, match="pets learns its reward from preferences"):
+        learned_models.learned_model(tmp_path, "ts1")
 
 
 def test_one_figure_at_a_time(pendulum, capsys):
