@@ -288,7 +288,7 @@ def dream(it: Case, weights: Weights, key: Any, deter: Any, stoch: Any) -> Imagi
         stoch = latent_sample(it, law, noise_of(it, step_key, (len(deter),)), Tape())
         reward = np.zeros(len(deter))
         if config.members:
-            spread = members(model["ensemble"], feature, action).std(0)
+            spread = members(model["ensemble"], feature, np.clip(action, -1.0, 1.0)).std(0)
             std = float(it.state.statistics.rewards.var) ** 0.5
             reward -= config.penalty * np.sqrt((spread**2).mean(-1)) * std
         feature = np.concatenate([deter, stoch], -1)
