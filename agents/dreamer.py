@@ -15,21 +15,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from agents.dreamer_loss import DreamerState, Parts, Weights, total_loss
 from mbrl import normalization, optim, policies, replay, spaces
 from mbrl.distributions import TwoHot
 from mbrl.exploitation import sequence_exploitation
-from mbrl.imagination import imagine, imagined_targets, replay_targets
-from mbrl.losses.policy_gradient import reinforce_loss, two_hot_critic_loss
 from mbrl.mdp import SplitParams, penalized, with_reward
-from mbrl.models.reward import given_reward
-from mbrl.models.rssm import NUM_BINS, RSSM, Latent, RSSMState, Size, Statistics, rssm, rssm_size
+from mbrl.models.reward import given_reward, relabeled
+from mbrl.models.rssm import NUM_BINS, Latent, Size, recalled, rssm, rssm_size
 from mbrl.networks.core import mlp
-from mbrl.normalization import ReturnScale
 from mbrl.planning import PlannerConfig, planner
 from mbrl.policies import Policy
 from mbrl.two_hot import symexp_bins
 from mbrl.types import (
-    MDP,
     Agent,
     Array,
     Batch,
@@ -38,12 +35,8 @@ from mbrl.types import (
     Metrics,
     Mode,
     Network,
-    Params,
-    Record,
     reset_rows,
 )
-
-stop = jax.lax.stop_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +48,18 @@ class DreamerConfig:
     normalize: bool = True
     """Standardize vectors by their running moments (published: symlog alone)."""
     memory: bool = True
-    """Carry latents from record to record; without, each is inferred from its own alone."""
+    """Carry a recurrent state; without, actor and critic see what the last observation tells, and
+    the world model predicts one step from that and the action."""
     latent: Literal["discrete", "gaussian"] = "discrete"
     """Kind of the stochastic latents."""
     actor: Literal["policy", "planner"] = "policy"
-    """What acts: the learned policy, or a planner on the latent model (PlaNet)."""
+    """What acts: the learned policy, or a planner on the latent model (PlaNet), which is then all
+    that is learned."""
     members: int = 0
-    """Networks that predict the next latent again, for `penalty`; 0 = none."""
+    """Networks that predict the next latent and reward again, for `penalty`; 0 = none."""
     penalty: float = 0.0
-    """Reward subtracted per standard deviation of model disagreement; < 0 is optimism."""
+    """Imagined reward subtracted per standard deviation of model disagreement; < 0 is optimism.
+    Recorded rewards, which the critic learns from too, stay as they are."""
     discount: float = 1.0 - 1.0 / 333.0
     """Per step; folded into the target of the continue head."""
     lambda_: float = 0.95
@@ -100,58 +96,12 @@ class DreamerConfig:
     """Model-predictive control, with `actor` planner."""
 
 
-class Weights(NamedTuple):
-    """What the optimizer trains: all of it, by one scalar loss."""
-
-    model: Params
-    policy: Params
-    value: Params
-
-
-class DreamerState(NamedTuple):
-    """Everything Dreamer learns."""
-
-    weights: Weights
-    slow_value: Params
-    statistics: Statistics
-    scale: ReturnScale
-    opt_state: optax.OptState
-
-    @property
-    def world(self) -> RSSMState:
-        """Return the parameters of the world model."""
-        return RSSMState(self.weights.model, self.statistics)
-
-
 class DreamerCarry(NamedTuple):
     """Acting state [E, ...]: latent, last action (encoded), the planner's warm start."""
 
     latent: Latent
     action: Array
     plan: Any
-
-
-class Parts(NamedTuple):
-    """What the algorithm is made of.
-
-    Attributes:
-      spec: spaces of the task.
-      model: the world model.
-      mdp: its imagination, with the reward source and the risk attitude asked for.
-      params: `(RSSMState) -> parameters of mdp`.
-      policy: `(params, latent) -> Policy`.
-      critic: `(params, latent) -> TwoHot` distribution of the return.
-      policy_net, value_net: networks behind the two.
-    """
-
-    spec: EnvSpec
-    model: RSSM
-    mdp: MDP
-    params: Callable[[RSSMState], Any]
-    policy: Callable[[Params, Latent], Policy]
-    critic: Callable[[Params, Latent], TwoHot]
-    policy_net: Network
-    value_net: Network
 
 
 def build(spec: EnvSpec, config: DreamerConfig, reward_fn: Any = None) -> Parts:
@@ -167,12 +117,16 @@ def build(spec: EnvSpec, config: DreamerConfig, reward_fn: Any = None) -> Parts:
     def head(out: int, scale: float) -> Network:
         return mlp((size.units,) * 3, out, "silu", "fan_in", config.dtype, "rms", scale)
 
+    def seen(latent: Latent) -> Array:
+        # Without memory, the recurrent state still tells the last observation and action.
+        return latent._replace(deter=recalled(latent.deter, config.memory)).feature
+
     policy_net, value_net = head(policies.num_outputs(spec.action), 0.01), head(NUM_BINS, 0.0)
     return Parts(
         spec, model, mdp,
         lambda state: state if reward_fn is None else SplitParams(state, None),
-        lambda params, latent: Policy(spec.action, policy_net.apply(params, latent.feature)),
-        lambda params, latent: TwoHot(value_net.apply(params, latent.feature), bins),
+        lambda params, latent: Policy(spec.action, policy_net.apply(params, seen(latent))),
+        lambda params, latent: TwoHot(value_net.apply(params, seen(latent)), bins),
         policy_net, value_net,
     )  # fmt: skip
 
@@ -187,8 +141,8 @@ def make_dreamer(
     Args:
       spec: spaces of the task: any observation, any action with finite bounds.
       config: see `DreamerConfig`. Float fields may be traced, except `train_ratio`.
-      reward_fn: known reward `(obs, action, next_obs) -> [B]`, to imagine with instead of
-        the learned one.
+      reward_fn: known reward `(obs, action, next_obs) -> [B]`, to learn from instead of the
+        recorded one, and to imagine with instead of the learned one.
 
     Raises:
       ValueError: for unbounded actions, two players, and impossible settings.
@@ -228,7 +182,9 @@ def make_dreamer(
         carry = reset_rows(is_first, begin(num_envs), carry)
         encode_key, act_key = jax.random.split(key)
         world = state.world
-        latent = model.encode(world, encode_key, carry.latent, obs, carry.action, is_first)
+        # Evaluation draws nothing: the likeliest latent, then the likeliest action.
+        draw = None if mode == "greedy" else encode_key
+        latent = model.encode(world, draw, carry.latent, obs, carry.action, is_first)
         plan = carry.plan
         if mode == "random":
             action = spaces.sample(spec.action, act_key, (num_envs,))
@@ -243,15 +199,17 @@ def make_dreamer(
 
     def learn(state: DreamerState, inputs: Any) -> tuple[DreamerState, tuple[Metrics, Any]]:
         record, valid, key, gap_key = inputs
-        before = state
-        state = state._replace(statistics=model.standardize(state.statistics, record, valid))
+        before, record = state, record if reward_fn is None else relabeled(record, reward_fn)
+        rest, known = jax.tree.map(lambda x: x[:, 1:], (record, valid))
+        # What led to the first record is not there: a known reward says nothing of it.
+        seen = (record, valid) if reward_fn is None else (rest, known)
+        state = state._replace(statistics=model.standardize(state.statistics, *seen))
         grad_fn = jax.value_and_grad(partial(total_loss, parts, config), has_aux=True)
         (_, found), grads = grad_fn(state.weights, state, record, valid, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.weights)
         weights = cast(Weights, optax.apply_updates(state.weights, updates))
         slow_value = optim.polyak(state.slow_value, weights.value, config.slow_rate)
         counts = cast(optim.FiniteState, opt_state)
-        rest, known = jax.tree.map(lambda x: x[:, 1:], (record, valid))
         gap = sequence_exploitation(model.mdp, state.world, gap_key, rest, known, found.latent)
         metrics = found.metrics | optim.skipped(counts) | gap
         # The latent before a sequence stays as it was: nothing newer is known of it. After a
@@ -274,68 +232,6 @@ def make_dreamer(
     return Agent(init, begin, act, update, sampling)
 
 
-class Found(NamedTuple):
-    """What the loss finds on the way: refreshed latents [B, T], return scale, metrics."""
-
-    latent: Latent
-    scale: ReturnScale
-    metrics: Metrics
-
-
-def total_loss(
-    parts: Parts, config: DreamerConfig, weights: Weights, state: DreamerState,
-    record: Record, valid: Array, key: Key,
-) -> tuple[Array, Found]:  # fmt: skip
-    """Compute the one scalar that everything is trained by, on `record` [B, T + 1, ...]."""
-    model_key, dream_key = jax.random.split(key)
-    world = state._replace(weights=weights).world
-    model_loss, learned = parts.model.loss(world, model_key, record, valid)
-    world = stop(world)
-    start = stop(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), learned.latent))
-
-    def act(key: Key, latent: Latent) -> Array:
-        return parts.policy(weights.policy, latent).sample(key)
-
-    dream = imagine(
-        parts.mdp, parts.params(world), dream_key, start, act, config.horizon, config.discount
-    )
-    critic = parts.critic(weights.value, dream.state)
-    final = parts.critic(weights.value, dream.final)
-    values = stop(jnp.concatenate([critic.mean, final.mean[None]]))
-    root = config.discount * parts.model.survival(world, start) * valid[:, 1:].reshape(-1)
-    targets = imagined_targets(dream, values, root, config.lambda_)
-
-    scale = normalization.update_return_scale(state.scale, targets.returns)
-    law = parts.policy(weights.policy, dream.state)
-    actor_loss = reinforce_loss(
-        law.log_prob(dream.action), targets.advantage / scale.value, law.entropy(),
-        config.entropy, targets.weight,
-    )  # fmt: skip
-    critic_loss = two_hot_critic_loss(
-        critic, targets.returns, parts.critic(state.slow_value, dream.state), targets.weight
-    )
-    beyond = targets.returns[0].reshape(valid[:, 1:].shape)
-    real = jax.tree.map(lambda x: x[:, 1:], record)
-    replayed = replay_targets(real, valid[:, 1:], beyond, config.discount, config.lambda_)
-    seen = jax.tree.map(lambda x: x[:, :-1], learned.latent)
-    replay_loss = two_hot_critic_loss(
-        parts.critic(weights.value, seen), replayed.returns,
-        parts.critic(state.slow_value, seen), replayed.weight,
-    )  # fmt: skip
-    loss = model_loss + actor_loss + critic_loss + config.replay_value * replay_loss
-    metrics = learned.metrics | {
-        "loss": loss,
-        "actor/loss": actor_loss,
-        "actor/entropy": jnp.mean(law.entropy()),
-        "critic/loss": critic_loss,
-        "critic/replay_loss": replay_loss,
-        "critic/value": jnp.mean(values),
-        "critic/return": jnp.mean(targets.returns),
-        "critic/return_scale": scale.value,
-    }
-    return loss, Found(learned.latent, scale, metrics)
-
-
 def _check(config: DreamerConfig) -> None:
     for name, choices in (("latent", ("discrete", "gaussian")), ("actor", ("policy", "planner"))):
         if getattr(config, name) not in choices:
@@ -343,8 +239,8 @@ def _check(config: DreamerConfig) -> None:
     for name, least in (("horizon", 1), ("batch_size", 1), ("length", 2), ("members", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
-    if not config.members and isinstance(config.penalty, float) and config.penalty:
+    if config.members < 2 and isinstance(config.penalty, float) and config.penalty:
         raise ValueError(
-            f"members: got 0 with penalty={config.penalty}, expected an ensemble to disagree; set "
-            "for example --members 5"
+            f"members: got {config.members} with penalty={config.penalty}, expected an ensemble to "
+            "disagree; set for example --members 5"
         )

@@ -110,11 +110,16 @@ class ObservationCodec:
 
 
 class ActionCodec:
-    """Check actions of an agent and hand them to environments in their own form."""
+    """Check actions of an agent and hand them to environments in their own form.
 
-    def __init__(self, space: gym.Space[Any], num_envs: int) -> None:
-        self.gym_space = space
+    Attributes:
+      shape, dtype: of the array [E, ...] that `pack` returns.
+    """
+
+    def __init__(self, space: gym.Space[Any], num_envs: int, key: str = "action") -> None:
+        self.gym_space, self._key = space, key
         self.space = action_space(space)
+        self._parts: dict[str, ActionCodec] = {}
         match self.space:
             case Box():
                 shape, self.dtype = self.space.shape, np.dtype(np.float32)
@@ -123,19 +128,31 @@ class ActionCodec:
             case MultiDiscrete():
                 shape, self.dtype = (len(self.space.nums),), np.dtype(np.int32)
                 self._limit = np.asarray(self.space.nums)
+            case _:
+                assert isinstance(space, gym.spaces.Dict)
+                self._parts = {
+                    name: ActionCodec(sub, num_envs, f"{key}/{name}")
+                    for name, sub in space.spaces.items()
+                }
+                self._sizes = [int(np.prod(p.shape[1:])) for p in self._parts.values()]
+                # Holds every float32 and every int32 as it is.
+                shape, self.dtype = (sum(self._sizes),), np.dtype(np.float64)
         self.shape = (num_envs, *shape)
 
-    def check(self, action: Any) -> np.ndarray:
-        """Return the action as float32 or int32 `[E, *shape]`.
+    def check(self, action: Any) -> Any:
+        """Return the action as float32 or int32 `[E, *shape]`, or a dict of them.
 
         Raises:
-          ValueError: for a wrong shape or dtype, NaN, or an integer out of range.
+          ValueError: for a wrong shape or dtype, NaN, an integer out of range, or other keys.
         """
+        if self._parts:
+            _check_keys(self._parts, action, self._key)
+            return {name: part.check(action[name]) for name, part in self._parts.items()}
         x = np.asarray(action)
         kinds = "f" if isinstance(self.space, Box) else "iu"
         if x.shape != self.shape or x.dtype.kind not in kinds:
             raise ValueError(
-                f"action: expected {self.dtype} of shape {self.shape} (environments first), "
+                f"{self._key}: expected {self.dtype} of shape {self.shape} (environments first), "
                 f"got {x.dtype} of shape {x.shape}"
             )
         if isinstance(self.space, Box):
@@ -145,20 +162,25 @@ class ActionCodec:
         if not good.all():
             row = int(np.argwhere(~good)[0][0])
             wanted = "finite numbers" if isinstance(self.space, Box) else f"0 <= a < {self._limit}"
-            raise ValueError(f"action: expected {wanted}, got {x[row]} for environment {row}")
+            raise ValueError(f"{self._key}: expected {wanted}, got {x[row]} for environment {row}")
         return x.astype(self.dtype, copy=False)
 
-    def to_env(self, action: np.ndarray) -> Any:
+    def to_env(self, action: Any) -> Any:
         """Return a sequence with one action per environment, in the environment's form.
 
         Args:
           action: [E, *shape] as `check` returns it.
         """
+        if self._parts:
+            columns = [part.to_env(action[name]) for name, part in self._parts.items()]
+            return [dict(zip(self._parts, row, strict=True)) for row in zip(*columns, strict=True)]
         batch = self.to_batch(action)
         return batch.tolist() if isinstance(self.space, Discrete) else batch
 
-    def to_batch(self, action: np.ndarray) -> np.ndarray:
-        """Return the array `[E, ...]` that a vector environment takes; always a copy."""
+    def to_batch(self, action: Any) -> Any:
+        """Return what a vector environment takes, leaves `[E, ...]`; always a copy."""
+        if self._parts:
+            return {name: part.to_batch(action[name]) for name, part in self._parts.items()}
         space = self.gym_space
         if isinstance(space, gym.spaces.Box):
             x = action.astype(space.dtype)
@@ -168,6 +190,23 @@ class ActionCodec:
             return action.astype(np.int64) + int(space.start)
         assert isinstance(space, gym.spaces.MultiDiscrete)
         return (action.reshape(-1, *space.nvec.shape) + space.start).astype(space.dtype)
+
+    def pack(self, action: Any) -> np.ndarray:
+        """Return one array `[E, ...]` of an action as `check` returns it."""
+        if not self._parts:
+            return action
+        packed = [part.pack(action[name]) for name, part in self._parts.items()]
+        return np.concatenate([x.reshape(len(x), -1).astype(self.dtype) for x in packed], 1)
+
+    def unpack(self, packed: np.ndarray) -> Any:
+        """Invert `pack`."""
+        if not self._parts:
+            return packed
+        columns = np.split(packed, np.cumsum(self._sizes)[:-1], 1)
+        return {
+            name: part.unpack(x.reshape(-1, *part.shape[1:]).astype(part.dtype))
+            for (name, part), x in zip(self._parts.items(), columns, strict=True)
+        }
 
 
 def timestep(
@@ -229,15 +268,7 @@ def _accepted_integers(box: Box) -> tuple[np.ndarray, np.ndarray] | None:
 def _values(space: gym.Space[Any], value: Any, key: str) -> Iterator[Any]:
     """Walk a nested observation in the order of `_leaves`."""
     if isinstance(space, gym.spaces.Dict):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{key}: expected a dict, got {type(value).__name__}")
-        if value.keys() != space.spaces.keys():
-            missing = sorted(map(str, space.spaces.keys() - value.keys()))
-            extra = sorted(map(str, value.keys() - space.spaces.keys()))
-            raise ValueError(
-                f"{key}: expected the keys {sorted(map(str, space.spaces))}, got "
-                f"{sorted(map(str, value))} (missing {missing}, unexpected {extra})"
-            )
+        _check_keys(space.spaces, value, key)
         for name, sub in space.spaces.items():
             yield from _values(sub, value[name], f"{key}/{name}")
     elif isinstance(space, gym.spaces.Tuple):
@@ -248,6 +279,18 @@ def _values(space: gym.Space[Any], value: Any, key: str) -> Iterator[Any]:
             yield from _values(sub, value[i], f"{key}/{i}")
     else:
         yield value
+
+
+def _check_keys(wanted: Mapping[Any, Any], value: Any, key: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key}: expected a dict, got {type(value).__name__}")
+    if value.keys() != wanted.keys():
+        missing = sorted(map(str, wanted.keys() - value.keys()))
+        extra = sorted(map(str, value.keys() - wanted.keys()))
+        raise ValueError(
+            f"{key}: expected the keys {sorted(map(str, wanted))}, got "
+            f"{sorted(map(str, value))} (missing {missing}, unexpected {extra})"
+        )
 
 
 def _read_leaf(leaf: Leaf, value: Any, batch: tuple[int, ...]) -> np.ndarray:

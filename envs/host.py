@@ -119,11 +119,11 @@ class HostEnv:
         self._episode[:] = -1
         return self._emit([self._begin(e) for e in range(self.num_envs)])
 
-    def step(self, action: np.ndarray) -> TimeStep:
+    def step(self, action: Any) -> TimeStep:
         """Step every environment once.
 
         Args:
-          action: [E, *shape] in the units of the environment, integers counted from 0.
+          action: leaves [E, *shape] in the units of the environment, integers counted from 0.
             Rows whose last time step was `is_last` are ignored.
 
         Returns:
@@ -136,14 +136,14 @@ class HostEnv:
         if self._now is None:
             raise ValueError("step: the stream has not begun; call reset(seed) first")
         action = self._actions.check(action)
-        values = self._actions.to_env(action)
+        values, packed = self._actions.to_env(action), self._actions.pack(action)
         self._steps += 1
         rows = []
         for e in range(self.num_envs):
             if self._over[e]:
                 rows.append(self._begin(e))
             else:
-                self._remember(e, action[e])
+                self._remember(e, packed[e])
                 rows.append(self._advance(e, values[e]))
         return self._emit(rows)
 
@@ -302,7 +302,8 @@ class HostEnv:
         for t in range(actions.shape[1]):
             if row.is_last:
                 break
-            row = self._advance(e, self._actions.to_env(actions[:, t])[e])
+            action = self._actions.unpack(actions[:, t])
+            row = self._advance(e, self._actions.to_env(action)[e])
         return row
 
     def _emit(self, rows: list[Row]) -> TimeStep:

@@ -79,7 +79,7 @@ class MDPEnv(gym.Env[Any, Any]):
         """Take one step; a predicted discount ends the episode with that probability."""
         if self._state is None:
             raise gym.error.ResetNeeded("step: the episode has not begun; call reset() first")
-        batch = self._actions.check(np.asarray(action)[None])
+        batch = self._actions.check(_one_row(action))
         self._key, self._state, obs, reward, ended = self._programs.step(
             self._params, self._key, self._state, batch
         )
@@ -93,6 +93,12 @@ class MDPEnv(gym.Env[Any, Any]):
         if self._render is None or self.render_mode is None or self._state is None:
             return None
         return np.asarray(self._render(self._params, self._state))
+
+
+def _one_row(action: Any) -> Any:
+    if isinstance(action, Mapping):
+        return {name: _one_row(part) for name, part in action.items()}
+    return np.asarray(action)[None]
 
 
 def mdp_to_env(

@@ -53,11 +53,11 @@ def observation_space(space: gym.Space[Any], where: str = "observation") -> Spac
     return {name: observation_space(sub, f"{where}/{name}") for name, sub in named}
 
 
-def action_space(space: gym.Space[Any], where: str = "action") -> Box | Discrete | MultiDiscrete:
+def action_space(space: gym.Space[Any], where: str = "action") -> Space:
     """Convert the action space of a Gymnasium environment.
 
     Args:
-      space: a bounded float Box, a Discrete or a MultiDiscrete.
+      space: a bounded float Box, a Discrete, a MultiDiscrete, or a Dict of such spaces.
       where: name of the space in messages.
 
     Returns:
@@ -80,12 +80,15 @@ def action_space(space: gym.Space[Any], where: str = "action") -> Box | Discrete
             return Discrete(int(space.n))
         case gym.spaces.MultiDiscrete():
             return MultiDiscrete(tuple(int(n) for n in space.nvec.reshape(-1)))
+        case gym.spaces.Dict():
+            return {k: action_space(sub, f"{where}/{k}") for k, sub in space.spaces.items()}
     kind = type(space).__name__
     if isinstance(space, gym.spaces.Box):
         kind = f"Box of {space.dtype}"
     raise ValueError(
-        f"{where}: {kind} is not supported, expected a bounded Box of floats, Discrete or "
-        "MultiDiscrete; convert it with gymnasium.wrappers.TransformAction(env, func, action_space)"
+        f"{where}: {kind} is not supported, expected a bounded Box of floats, Discrete, "
+        "MultiDiscrete or a Dict of those; convert it with "
+        "gymnasium.wrappers.TransformAction(env, func, action_space)"
     )
 
 

@@ -72,7 +72,7 @@ class VectorStream:
         leaves = self._read(obs)
         return self._emit((leaves, np.zeros(self.num_envs), nothing, nothing), ~nothing)
 
-    def step(self, action: np.ndarray) -> TimeStep:
+    def step(self, action: Any) -> TimeStep:
         """Step every environment once; see `HostEnv.step`."""
         if self._over is None:
             raise ValueError("step: the stream has not begun; call reset(seed) first")

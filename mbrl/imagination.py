@@ -47,7 +47,8 @@ def imagine(
       params: its parameters.
       key: consumed.
       start: states, leaves [M, ...].
-      act: `(key, state) -> encoded action [M, A]`, see `spaces.encode_action`.
+      act: `(key, state) -> encoded action [M, A]`, see `spaces.encode_action`. The model sees it
+        within bounds, as environments do; the dream keeps it as it was drawn.
       horizon: steps H.
       discount: per step, on top of the survival that the model predicts.
 
@@ -56,8 +57,13 @@ def imagine(
 
     Reference: Dream to Control (arXiv 1912.01603).
     """
+    whole = discounted(mdp, discount)
+
+    def step(params: Params, key: Key, state: State, action: Any) -> tuple[State, Outcome]:
+        return whole.step(params, key, state, spaces.clip(mdp.spec.action, action))
+
     # The states themselves are kept, not what they would look like.
-    bare = discounted(mdp, discount)._replace(observe=lambda params, state: state)
+    bare = whole._replace(observe=lambda params, state: state, step=step)
 
     def choose(key: Key, state: State, t: Array) -> Any:
         return spaces.decode_action(mdp.spec.action, act(key, state))

@@ -156,6 +156,15 @@ def to_unit(space: Box, action: Array) -> Array:
     return jnp.where(high > low, 2.0 * (action - low) / width - 1.0, 0.0)
 
 
+def clip(space: Space, x: Any) -> Any:
+    """Move elements of `space`, leaves [..., *shape], into the bounds of its Boxes."""
+    if isinstance(space, Mapping):
+        return {name: clip(space[name], x[name]) for name in sorted(space)}
+    if not isinstance(space, Box):
+        return x
+    return jnp.clip(x, jnp.asarray(space.low, x.dtype), jnp.asarray(space.high, x.dtype))
+
+
 def flat_size(space: Space) -> int:
     """Return the length of `flatten(space, x)` for one element `x`."""
     match space:

@@ -55,14 +55,15 @@ def risk(values: Array, kind: RiskKind = "mean", coef: Array | float = 1.0) -> A
     return values.mean(0)
 
 
-def _sqrt(x: Array) -> Array:
+def finite_sqrt(x: Array) -> Array:
+    """Return the square root [...] of numbers that are not negative, with slope 0 at 0."""
     # The square root has an infinite slope at 0, where all particles agree (always so with
     # one of them): planners that differentiate through a risk would get NaN.
     return jnp.where(x == 0, 0.0, jnp.sqrt(jnp.where(x == 0, 1.0, x)))
 
 
 def _std(values: Array) -> Array:
-    return _sqrt(values.var(0))
+    return finite_sqrt(values.var(0))
 
 
 def cvar(values: Array, alpha: Array | float) -> Array:
@@ -160,11 +161,11 @@ def member_uncertainty(means: Array, variances: Array, kind: UncertaintyKind = "
     """
     match kind:
         case "std":
-            return _sqrt(means.var(0).sum(-1))
+            return finite_sqrt(means.var(0).sum(-1))
         case "pairwise":
-            return _sqrt(jnp.square(means[:, None] - means).sum(-1)).max((0, 1))
+            return finite_sqrt(jnp.square(means[:, None] - means).sum(-1)).max((0, 1))
         case "aleatoric":
-            return _sqrt(variances.sum(-1)).max(0)
+            return finite_sqrt(variances.sum(-1)).max(0)
         case "jensen_renyi":
             return _jensen_renyi(means, variances)
         case "information_gain":

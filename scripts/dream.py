@@ -140,7 +140,7 @@ class Tape:
     def __init__(self, env: Any, length: int) -> None:
         self.num_envs = env.num_envs
         self._env, self._length = env, length
-        self._rows: list[tuple[TimeStep, np.ndarray]] = []
+        self._rows: list[tuple[TimeStep, Any]] = []
         self._now: Any = None
 
     def reset(self, seed: int) -> TimeStep:
@@ -149,9 +149,9 @@ class Tape:
         self._now = self._env.reset(seed)
         return self._shown()
 
-    def step(self, action: np.ndarray) -> TimeStep:
+    def step(self, action: Any) -> TimeStep:
         """Keep the present time step and the action taken at it, and go on."""
-        self._rows.append((self._now, np.array(action)))
+        self._rows.append((self._now, jax.tree.map(np.array, action)))
         self._now = self._env.step(action)
         return self._shown()
 

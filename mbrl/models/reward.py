@@ -25,7 +25,7 @@ from mbrl.losses.regression import (
 )
 from mbrl.networks.core import ensemble, mlp
 from mbrl.normalization import MIN_STD, Moments
-from mbrl.types import Array, EnvSpec, Key, Metrics, Network, Params, Transition
+from mbrl.types import Array, EnvSpec, Key, Metrics, Network, Params, Record, Transition
 from mbrl.uncertainty import member_disagreement, total_variance
 
 RewardKind = Literal["gaussian", "two_hot"]
@@ -304,7 +304,7 @@ def given_reward(
     def reward(params: Params, obs: Any, action: Array, next_obs: Any) -> tuple[Array, Array]:
         del params
         value = jnp.asarray(fn(obs, action, next_obs), jnp.float32)
-        batch = action.shape[:1]
+        batch = jax.tree.leaves(action)[0].shape[:1]
         if value.shape != batch:
             raise ValueError(
                 f"reward function: got shape {value.shape}, expected {batch}, one number per "
@@ -313,3 +313,29 @@ def given_reward(
         return value, jnp.zeros(batch)
 
     return reward
+
+
+def relabeled(record: Record, fn: Callable[[Any, Array, Any], Array]) -> Record:
+    """Replace the rewards of sequences by a known one.
+
+    Args:
+      record: [B, T, ...] sequences that may cross the borders of episodes.
+      fn: as in `given_reward`.
+
+    Returns:
+      The records with the reward of the transition that led to each: 0 for the first of a
+      sequence and of an episode, which none is known to have led to.
+
+    Raises:
+      ValueError: as in `given_reward`.
+    """
+    size = record.reward[:, 1:].shape
+
+    def rows(tree: Any, part: slice) -> Any:
+        return jax.tree.map(lambda x: x[:, part].reshape(-1, *x.shape[2:]), tree)
+
+    old, new = slice(None, -1), slice(1, None)
+    obs, action, next_obs = rows(record.obs, old), rows(record.action, old), rows(record.obs, new)
+    reward, _ = given_reward(fn)(None, obs, action, next_obs)
+    reward = jnp.where(record.is_first[:, 1:], 0.0, reward.reshape(size))
+    return record._replace(reward=jnp.pad(reward, ((0, 0), (1, 0))))

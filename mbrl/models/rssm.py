@@ -24,9 +24,9 @@ from mbrl.models.rssm_networks import (
 from mbrl.networks import observation
 from mbrl.networks.core import DOTS
 from mbrl.normalization import Moments
-from mbrl.two_hot import symexp_bins, symlog, two_hot_mean
+from mbrl.two_hot import symexp_bins, two_hot_mean
 from mbrl.types import MDP, Array, Box, EnvSpec, Key, Metrics, Outcome, Params, Record
-from mbrl.uncertainty import member_disagreement
+from mbrl.uncertainty import finite_sqrt, member_disagreement
 
 __all__ = [
     "NUM_BINS",
@@ -37,6 +37,7 @@ __all__ = [
     "RSSMState",
     "Size",
     "Statistics",
+    "recalled",
     "rssm",
     "rssm_size",
 ]
@@ -107,7 +108,7 @@ class RSSM(NamedTuple):
       begin: `(batch) -> Latent`, before any observation.
       encode: `(state, key, latent, obs, prev_action, is_first) -> Latent`, one step of the
         filter; `prev_action` is encoded, [B, A]. Rows with `is_first` forget latent and
-        action.
+        action. Without a key (None), the latent is the likeliest one instead of a sample.
       loss: `(state, key, record, valid) -> (loss, Learned)`, to be differentiated by the
         weights; `record` is [B, T + 1, ...] with the latent of its first row among its
         extras, `valid` [B, T + 1].
@@ -122,7 +123,7 @@ class RSSM(NamedTuple):
 
     init: Callable[[Key], RSSMState]
     begin: Callable[[int], Latent]
-    encode: Callable[[RSSMState, Key, Latent, Any, Array, Array], Latent]
+    encode: Callable[[RSSMState, Key | None, Latent, Any, Array, Array], Latent]
     loss: Callable[[RSSMState, Key, Record, Array], tuple[Array, Learned]]
     standardize: Callable[[Statistics, Record, Array], Statistics]
     reward: Callable[[RSSMState, Latent], Array]
@@ -138,7 +139,8 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
 
     Records are filtered by `h_t = f(h_tm1, z_tm1, a_tm1)`, `z_t ~ q(z | h_t, o_t)`, and
     imagined by `z_t ~ p(z | h_t)`; observation, reward and survival are read from
-    `(h_t, z_t)`. All arrive with the record `t` that the action `a_tm1` led to.
+    `(h_t, z_t)`. All arrive with the record `t` that the action `a_tm1` led to. Without
+    memory, `h_t = f(0, z_tm1, a_tm1)` and `z_t ~ q(z | 0, o_t)`: a Markov chain of the `z`.
 
     Args:
       spec: spaces of the task: any observation, any action with finite bounds.
@@ -165,8 +167,9 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
         return Latent(jnp.zeros((batch, config.deter)), jnp.zeros((batch, law.size)))
 
     def encode(
-        state: RSSMState, key: Key, latent: Latent, obs: Any, prev_action: Array, is_first: Array
-    ) -> Latent:
+        state: RSSMState, key: Key | None, latent: Latent, obs: Any, prev_action: Array,
+        is_first: Array,
+    ) -> Latent:  # fmt: skip
         seen = observation.prepare(spec.observation, obs, state.statistics.observations)
         tokens = nets.tokens(state.weights, seen)
         step = tokens[:, None], prev_action[:, None], is_first[:, None]
@@ -202,7 +205,9 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
     def uncertainty(state: RSSMState, latent: Latent, action: Array) -> Array:
         """Return [B]: how far the members differ, in units of reward."""
         spread = member_disagreement(nets.members(state.weights, latent.feature, action))
-        return jnp.sqrt(jnp.mean(jnp.square(spread), -1)) * state.statistics.rewards.std
+        # One reward among many latents: a mean over all of them would hardly see it.
+        square = jnp.square(spread[..., -1]) + jnp.mean(jnp.square(spread[..., :-1]), -1)
+        return finite_sqrt(square) * state.statistics.rewards.std
 
     def start(state: RSSMState, key: Key, obs: Any = None, batch: int = 1) -> Latent:
         if obs is None:
@@ -216,7 +221,8 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
 
     def step(state: RSSMState, key: Key, latent: Latent, action: Any) -> tuple[Latent, Outcome]:
         weights, action = state.weights, spaces.encode_action(spec.action, action)
-        deter = nets.core(weights, latent.deter, latent.stoch, nets.drive(weights, action))
+        before = recalled(latent.deter, config.memory)
+        deter = nets.core(weights, before, latent.stoch, nets.drive(weights, action))
         prior = law.distribution(nets.prior(weights, deter))
         found = Latent(deter, law.sample(prior, law.noise(key, (deter.shape[0],))))
         spread = uncertainty(state, latent, action) if config.members else None
@@ -232,8 +238,13 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
     return RSSM(init, begin, encode, loss, standardize, reward, survival, decode, pack, unpack, mdp)
 
 
+def recalled(deter: Array, memory: bool) -> Array:
+    """Return what may be known of recurrent states [..., D]: zeros without memory."""
+    return deter if memory else jnp.zeros_like(deter)
+
+
 def filter_sequence(
-    config: RSSMConfig, nets: RSSMNetworks, law: Stochastic, weights: Params, key: Key,
+    config: RSSMConfig, nets: RSSMNetworks, law: Stochastic, weights: Params, key: Key | None,
     latent: Latent, tokens: Array, prev_action: Array, is_first: Array,
 ) -> tuple[Latent, Any]:  # fmt: skip
     """Infer latents along sequences.
@@ -243,7 +254,7 @@ def filter_sequence(
       nets: its networks.
       law: its stochastic latents.
       weights: parameters.
-      key: consumed.
+      key: consumed; None = the likeliest latents instead of samples.
       latent: [B] before the first record.
       tokens: [B, T, F] encoded observations.
       prev_action: [B, T, A] encoded action that led to each record.
@@ -252,16 +263,17 @@ def filter_sequence(
     Returns:
       The posterior samples [B, T] and their distribution [B, T, S].
     """
-    keep = config.memory * (1.0 - is_first.astype(jnp.float32)[..., None])
+    keep = 1.0 - is_first.astype(jnp.float32)[..., None]
     # Whatever does not depend on the recurrent state is computed for all steps at once.
     drive = nets.drive(weights, prev_action * keep)
     evidence = nets.evidence(weights, tokens)
-    noise = law.noise(key, (is_first.shape[1], is_first.shape[0]))
+    noise = None if key is None else law.noise(key, (is_first.shape[1], is_first.shape[0]))
 
     def step(latent: Latent, inputs: Any) -> tuple[Latent, Any]:
         keep, drive, evidence, noise = inputs
-        deter = nets.core(weights, latent.deter * keep, latent.stoch * keep, drive)
-        outputs = nets.posterior(weights, deter, evidence)
+        before = recalled(latent.deter * keep, config.memory)
+        deter = nets.core(weights, before, latent.stoch * keep, drive)
+        outputs = nets.posterior(weights, recalled(deter, config.memory), evidence)
         found = Latent(deter, law.sample(law.distribution(outputs), noise))
         return found, (found, outputs)
 
@@ -314,7 +326,7 @@ def rssm_loss(
         "representation": REPRESENTATION * divergence.representation,
     }
     if config.members:
-        error = _members_error(nets, weights, latent, action[:, 1:], now)
+        error = _members_error(nets, state, latent, action[:, 1:], now)
         # A pair counts where both of its records hold data.
         terms["ensemble"] = error * jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     means = {f"model/{k}": jnp.mean(mask * v.reshape(mask.shape)) for k, v in terms.items()}
@@ -326,12 +338,13 @@ def rssm_loss(
 
 
 def _members_error(
-    nets: RSSMNetworks, weights: Params, latent: Latent, action: Array, now: Record
+    nets: RSSMNetworks, state: RSSMState, latent: Latent, action: Array, now: Record
 ) -> Array:
     """Let every member predict the next latent and reward, [B, T]; nothing reaches the rest."""
-    latent = jax.lax.stop_gradient(latent)
-    out = nets.members(weights, latent.feature, action)[:, :, :-1]
-    target = jnp.concatenate([latent.stoch, symlog(now.reward)[..., None]], -1)[:, 1:]
+    latent, rewards = jax.lax.stop_gradient(latent), state.statistics.rewards
+    out = nets.members(state.weights, latent.feature, action)[:, :, :-1]
+    reward = (now.reward - rewards.mean) / rewards.std
+    target = jnp.concatenate([latent.stoch, reward[..., None]], -1)[:, 1:]
     follows = ~now.is_last[:, :-1] & ~now.is_first[:, 1:]
     error = jnp.sum(jnp.square(out - target), (0, -1)) * follows
     return jnp.pad(error, ((0, 0), (0, 1)))

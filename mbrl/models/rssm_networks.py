@@ -50,7 +50,8 @@ class RSSMConfig:
     members: int = 0
     """Networks that predict the next latent and reward again, for uncertainty; 0 = none."""
     memory: bool = True
-    """Carry latents from record to record; without, each is inferred from its own alone."""
+    """Carry a recurrent state; without, latents are inferred from their own observation alone, and
+    predicted from the last of them and the action."""
     dtype: str = "float32"
     """Of the matrix products, float32 or bfloat16."""
 
@@ -87,7 +88,8 @@ class Stochastic(NamedTuple):
       num_outputs: O, numbers that parameterize the distribution.
       distribution: `(outputs [..., O]) -> Distribution` over [..., S].
       noise: `(key, shape) -> [*shape, S]` that `sample` consumes.
-      sample: `(distribution, noise) -> [..., Z]`, with a gradient to the distribution.
+      sample: `(distribution, noise) -> [..., Z]`, with a gradient to the distribution; its mode
+        where the noise is None.
       pack, unpack: samples [..., Z] to and from what replay stores of them.
     """
 
@@ -95,7 +97,7 @@ class Stochastic(NamedTuple):
     num_outputs: int
     distribution: Callable[[Array], Categorical | Normal]
     noise: Callable[[Key, tuple[int, ...]], Array]
-    sample: Callable[[Any, Array], Array]
+    sample: Callable[[Any, Array | None], Array]
     pack: Callable[[Array], Array]
     unpack: Callable[[Array], Array]
 
@@ -114,12 +116,15 @@ def _categorical(config: RSSMConfig) -> Stochastic:
     def noise(key: Key, lead: tuple[int, ...]) -> Array:
         return jax.random.uniform(key, (*lead, config.stoch))
 
-    def sample(law: Categorical, uniform: Array) -> Array:
+    def sample(law: Categorical, uniform: Array | None) -> Array:
         # One uniform number per latent against the cumulative distribution: a Gumbel
         # sample would draw one per category and take two logarithms of each.
         probs = law.probs
-        below = uniform[..., None] >= jnp.cumsum(probs, -1)[..., :-1]
-        hot = jax.nn.one_hot(jnp.sum(below, -1), config.classes)
+        if uniform is None:
+            index = law.mode()
+        else:
+            index = jnp.sum(uniform[..., None] >= jnp.cumsum(probs, -1)[..., :-1], -1)
+        hot = jax.nn.one_hot(index, config.classes)
         hot = hot + (probs - jax.lax.stop_gradient(probs))
         return hot.reshape(*hot.shape[:-2], size)
 
@@ -140,8 +145,8 @@ def _gaussian(config: RSSMConfig) -> Stochastic:
     def noise(key: Key, lead: tuple[int, ...]) -> Array:
         return jax.random.normal(key, (*lead, config.stoch))
 
-    def sample(law: Normal, noise: Array) -> Array:
-        return law.mean + law.std * noise
+    def sample(law: Normal, noise: Array | None) -> Array:
+        return law.mean if noise is None else law.mean + law.std * noise
 
     def same(stoch: Array) -> Array:
         return stoch
@@ -203,7 +208,7 @@ class RSSMNetworks(NamedTuple):
       decoder: `(weights, deter [B, D], stoch [B, Z]) -> Prepared`.
       reward: `(weights, feature) -> logits [..., NUM_BINS]`.
       survival: `(weights, feature) -> logit [...]`.
-      members: `(weights, feature, action) -> [N, ..., Z + 1]` next sample and reward.
+      members: `(weights, feature, action) -> [N, ..., Z + 1]` next sample and standardized reward.
     """
 
     init: Callable[[Key], Params]

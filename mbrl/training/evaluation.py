@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl.mdp import episodic, timestep
-from mbrl.training.host import HostEnvironment, stack
+from mbrl.training.host import HostEnvironment, per_seed, stack
 from mbrl.training.learner import AgentFactory, Hyper, over_seeds
 from mbrl.types import MDP, Array, Carry, Key, Mode, State, TimeStep
 
@@ -228,7 +228,6 @@ def evaluate_host(
         for s, e in zip(*np.nonzero(now.is_last), strict=True):
             returns[s][e].append(float(running[s, e]))
         keys, action, carry = run_act(keys, agent_state, carry, now.obs, now.is_first, hyper)
-        action = np.asarray(action)
-        now = stack([env.step(a) for env, a in zip(envs, action, strict=True)])
+        now = stack([env.step(a) for env, a in zip(envs, per_seed(action), strict=True)])
     played = [[r for i in range(rounds) for r in (done[i] for done in seed)] for seed in returns]
     return np.asarray(played)[:, :episodes]

@@ -37,7 +37,7 @@ class HostEnvironment(Protocol):
     num_envs: int
 
     def reset(self, seed: int) -> TimeStep: ...
-    def step(self, action: np.ndarray) -> TimeStep: ...
+    def step(self, action: Any) -> TimeStep: ...
     def state(self) -> dict[str, np.ndarray]: ...
     def restore(self, state: dict[str, np.ndarray]) -> TimeStep: ...
 
@@ -113,7 +113,7 @@ def run_host(
         mode: Mode = "random" if step < plan.warmup else "explore"
         learner, record, episodes = run_act[mode](learner, now, hyper)
         rings.add(record)
-        action = np.asarray(record.action)
+        action = per_seed(record.action)
         if now.is_last.any():
             finished.append(fetch(episodes))
         step += 1
@@ -172,6 +172,12 @@ def _check_envs(envs: list[HostEnvironment], config: DriverConfig) -> None:
 def stack(steps: list[TimeStep]) -> TimeStep:
     """Join the time steps [E, ...] of all seeds into [S, E, ...]."""
     return jax.tree.map(lambda *x: np.stack(x), *steps)
+
+
+def per_seed(action: Any) -> list[Any]:
+    """Bring actions [S, E, ...] of any space to the host, one [E, ...] per seed."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, action))
+    return [structure.unflatten(parts) for parts in zip(*leaves, strict=True)]
 
 
 def _summary(logged: list[Metrics]) -> dict[str, np.ndarray]:

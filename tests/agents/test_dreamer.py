@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from agents.dreamer import DreamerConfig, DreamerState, make_dreamer
+from agents.dreamer_loss import total_loss
 from mbrl import replay, spaces
 from mbrl.networks.core import num_params
 from mbrl.planning import PlannerConfig
@@ -38,8 +39,16 @@ IMAGE = spaces.box(0, 255, (64, 64, 3), np.uint8)
 
 @pytest.mark.parametrize(
     ("size", "obs", "number"),
-    [("1m", VECTOR, 637_381), ("12m", VECTOR, 9_724_165), ("1m", IMAGE, 685_940)],
-    ids=["1m", "12m", "1m-image"],
+    [
+        ("1m", VECTOR, 637_381),
+        ("12m", VECTOR, 9_724_165),
+        ("25m", VECTOR, 21_762_181),
+        ("50m", VECTOR, 38_584_325),
+        ("100m", VECTOR, 86_580_997),
+        ("200m", VECTOR, 153_714_181),
+        ("1m", IMAGE, 685_940),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_sizes_have_the_published_number_of_parameters(size: Any, obs: Any, number: int) -> None:
     agent = make_dreamer(EnvSpec("count", obs, Discrete(2)), DreamerConfig(size=size))
@@ -49,12 +58,9 @@ def test_sizes_have_the_published_number_of_parameters(size: Any, obs: Any, numb
     assert num_params(state.slow_value) == num_params(state.weights.value)
 
 
-def test_larger_sizes_are_built_and_named_by_their_number() -> None:
-    names: list[Any] = ["25m", "50m", "100m", "200m"]
-    for name in names:
-        agent = make_dreamer(EnvSpec("count", VECTOR, Discrete(2)), DreamerConfig(size=name))
-        number = num_params(jax.eval_shape(agent.init, KEY).weights) / 1e6
-        assert 0.75 < number / float(name[:-1]) < 1.1
+def test_imagination_has_the_published_horizon() -> None:
+    # From a state to its return there are 15 actions, not 15 states.
+    assert DreamerConfig().horizon == 15
 
 
 def state_of(agent: Agent, gain: float = 1.5) -> DreamerState:
@@ -80,7 +86,9 @@ def acting() -> Any:
     def run(state: Any, carry: Any, obs: Any, is_first: Any, key: Any) -> Any:
         modes: tuple[Any, ...] = ("random", "explore", "greedy")
         found = {m: agent.act(state, carry, obs, is_first, key, m) for m in modes}
-        latent = found["greedy"][1].latent
+        # Evaluation sees the likeliest latent.
+        first = carry.latent, obs, carry.action, is_first
+        latent = parts.model.encode(state.world, None, *first)
         law = parts.policy(state.weights.policy, latent)
         best = spaces.decode_action(RICH.action, jnp.clip(law.mode(), -1.0, 1.0))
         encoded = {m: spaces.encode_action(RICH.action, found[m][0]) for m in modes}
@@ -117,9 +125,19 @@ def test_every_mode_acts_within_the_space_and_stores_its_latent() -> None:
     arm = np.asarray(found["random"][0]["arm"])
     assert arm[:, 0].min() < -0.5 and arm[:, 0].max() > 2.5
     # The latents are those of the filter whatever is done with them.
-    assert equal(found["random"][2], found["greedy"][2])
+    assert equal(found["random"][2], found["explore"][2])
+    assert not equal(found["random"][2], found["greedy"][2])
     assert equal(found["greedy"][0], best), "greedy is not the mode at the latent"
     assert not equal(found["explore"][0], best)
+
+
+def test_evaluation_draws_nothing() -> None:
+    agent, state, run = acting()
+    args = state, agent.begin(ROWS), observed(), np.ones(ROWS, bool)
+    one, two = (run(*args, jax.random.key(seed))[0] for seed in (0, 1))
+    assert equal(one["greedy"], two["greedy"])
+    assert not equal(one["explore"][0], two["explore"][0])
+    assert not equal(one["explore"][1].latent.stoch, two["explore"][1].latent.stoch)
 
 
 def test_the_policy_looks_at_the_observation() -> None:
@@ -432,6 +450,63 @@ def test_a_known_reward_replaces_the_learned_one_in_imagination() -> None:
     np.testing.assert_allclose(got, 7.0 * seen[:, 0] + action, rtol=1e-5)
 
 
+def batch_of(agent: Agent, spec: EnvSpec, state: DreamerState) -> Any:
+    """Return a batch [1, B, T + 1, ...] with the border of an episode, all of it valid."""
+    stored = jax.eval_shape(lambda: agent.act(
+        state, agent.begin(1), spaces.zeros(spec.observation, (1,)), jnp.ones(1, bool), KEY,
+        "random",
+    )[2])  # fmt: skip
+    record = random_records(spec, stored, (1, 2, TINY.length + 1))
+    first = np.zeros(record.reward.shape, bool)
+    first[0, 0, 2] = True
+    return Batch(record._replace(is_first=first), jnp.asarray(np.ones(first.shape, bool)), None)
+
+
+def test_nothing_but_a_known_reward_is_learned_from_also_in_half_precision() -> None:
+    def reward(obs: Any, action: Any, next_obs: Any) -> Any:
+        return next_obs[:, 0] - obs[:, 1] + action
+
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    agent = tiny_dreamer(SIMPLE, config, reward)
+    state = state_of(agent)
+    batch = batch_of(agent, SIMPLE, state)
+    record = batch.record
+    other = batch._replace(record=record._replace(reward=record.reward + 3.0))
+    update = jax.jit(agent.update)
+    one, metrics, _ = update(state, batch, KEY)
+    assert equal(one, update(state, other, KEY)[0])
+    # Products are rounded to 8 bits, parameters are not.
+    assert all(np.isfinite(x) for x in metrics.values())
+    assert float(metrics["model/skipped_updates"]) == 0.0
+    for old, new in zip(jax.tree.leaves(state.weights), jax.tree.leaves(one.weights), strict=True):
+        assert new.dtype == jnp.float32 and np.isfinite(new).all() and not np.array_equal(old, new)
+    # The reward of the first record is not known: it counts nowhere.
+    obs, action = record.obs[0], record.action[0]
+    known = obs[:, 1:, 0] - obs[:, :-1, 1] + action[:, :-1]
+    known = np.where(record.is_first[0][:, 1:], 0.0, known)
+    np.testing.assert_allclose(one.statistics.rewards.mean, known.mean(), rtol=1e-5)
+    assert float(one.statistics.rewards.count) == known.size
+
+
+def test_a_planner_leaves_actor_and_critic_alone() -> None:
+    config = dataclasses.replace(TINY, actor="planner")
+    parts, agent = tiny_parts(SIMPLE, config), tiny_dreamer(SIMPLE, config)
+    state = state_of(agent)
+    record = jax.tree.map(lambda x: x[0], batch_of(agent, SIMPLE, state).record)
+    valid: Any = np.ones((2, TINY.length + 1), bool)
+
+    @jax.jit
+    def run(weights: Any) -> Any:
+        loss = functools.partial(total_loss, parts, config)
+        return jax.grad(loss, has_aux=True)(weights, state, record, valid, KEY)
+
+    slopes, found = run(state.weights)
+    # A critic that learns from the same latents would shape the model.
+    assert not any(np.any(x) for x in jax.tree.leaves((slopes.policy, slopes.value)))
+    assert all(np.any(x) for x in jax.tree.leaves(slopes.model))
+    assert not any(name.startswith(("actor", "critic")) for name in found.metrics)
+
+
 SCALAR = SIMPLE._replace(action=spaces.box(-np.inf, 1.0, (1,)))
 
 
@@ -463,6 +538,7 @@ def test_refuses_what_cannot_be(spec: EnvSpec, change: Any, message: str) -> Non
         ({"length": 1}, "length"),
         ({"batch_size": 0}, "batch_size"),
         ({"penalty": 1.0, "members": 0}, "members"),
+        ({"penalty": 1.0, "members": 1}, "members"),
         ({"members": -1}, "members"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

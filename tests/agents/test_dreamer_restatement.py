@@ -255,9 +255,9 @@ def world_model(it: Case, model: Any, key: Any, stop: Tape) -> tuple[Any, Any, d
         if config.members and t > 1:
             follows = ~record.is_last[:, t - 1] & ~record.is_first[:, t]
             before = stop(lambda: np.concatenate([deters[:, t - 2], stochs[:, t - 2]], -1))
-            target = stop(
-                lambda: np.concatenate([stoch, plain.symlog(record.reward[:, t, None])], -1)
-            )
+            rewards = plain.as_float64(it.state.statistics.rewards)
+            reward = (record.reward[:, t, None] - rewards.mean) / rewards.var**0.5
+            target = stop(lambda: np.concatenate([stoch, reward], -1))
             guess = members(model["ensemble"], before, action[:, t - 1])
             add("ensemble", follows * ((guess - target) ** 2).sum((0, -1)))
     return deters, stochs, total
@@ -288,9 +288,10 @@ def dream(it: Case, weights: Weights, key: Any, deter: Any, stoch: Any) -> Imagi
         stoch = latent_sample(it, law, noise_of(it, step_key, (len(deter),)), Tape())
         reward = np.zeros(len(deter))
         if config.members:
-            spread = members(model["ensemble"], feature, action).std(0)
+            bounded = np.clip(action, -1.0, 1.0)
+            var = members(model["ensemble"], feature, bounded).var(0)
             std = float(it.state.statistics.rewards.var) ** 0.5
-            reward -= config.penalty * np.sqrt((spread**2).mean(-1)) * std
+            reward -= config.penalty * np.sqrt(var[:, :-1].mean(-1) + var[:, -1]) * std
         feature = np.concatenate([deter, stoch], -1)
         reward += plain.two_hot_mean(plain.mlp(model["reward"], feature))
         logit = plain.mlp(model["survival"], feature)[:, 0]

@@ -61,3 +61,32 @@ class Counter(gym.Env):
 
     def close(self):
         self.closed = True
+
+
+class Levers(gym.Env):
+    """Takes actions of every kind in a Dict; the observation is the last one, numbers in a row."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self, limit: int = 4) -> None:
+        self.observation_space = gym.spaces.Box(-9.0, 9.0, (6,), np.float32)
+        self.action_space = gym.spaces.Dict(
+            {
+                "tool": gym.spaces.Discrete(3, start=1),
+                "arm": gym.spaces.Box(-2.0, 2.0, (2,), np.float32),
+                "box": gym.spaces.Dict({"gears": gym.spaces.MultiDiscrete([[2], [3]])}),
+            }
+        )
+        self.limit, self.t = limit, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(6, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.t += 1
+        parts = [[action["tool"]], action["arm"], action["box"]["gears"].ravel(), [self.t]]
+        obs = np.concatenate(parts).astype(np.float32)
+        return obs, float(action["tool"]), False, self.t >= self.limit, {}

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from envs.host import HostEnv
-from tests.envs.fakes import Counter
+from mbrl import spaces
+from mbrl.training.evaluation import evaluate_host
+from mbrl.training.host import run_host
+from mbrl.training.learner import DriverConfig, seed_keys
+from mbrl.types import Agent
+from tests.envs.fakes import Counter, Levers
+from tests.mbrl.toys import linear_agent
 
 
 def full(value, num_envs=1):
@@ -276,3 +282,58 @@ def test_warnings_of_the_environment_pass_through():
     env.reset(0)
     with pytest.warns(UserWarning, match="mine"):
         env.step(full(0.0))
+
+
+def pulled(tool, seed=0):
+    """Return an action for two environments of `Levers`, integers counted from 0."""
+    rng = np.random.default_rng(seed)
+    return {
+        "tool": np.array([tool, 0], np.int32),
+        "arm": rng.uniform(-2.0, 2.0, (2, 2)).astype(np.float32),
+        "box": {"gears": np.array([[1, 2], [0, 1]], np.int32)},
+    }
+
+
+def test_dict_actions_reach_environments_and_are_replayed():
+    env, other = (HostEnv(Levers, num_envs=2) for _ in range(2))
+    env.reset(0)
+    env.step(pulled(1))
+    action = pulled(2, seed=1)
+    now = env.step(action)
+    np.testing.assert_array_equal(now.obs[:, [0, 3, 4, 5]], [[3, 1, 2, 2], [1, 0, 1, 2]])
+    np.testing.assert_array_equal(now.obs[:, 1:3], action["arm"])
+    np.testing.assert_array_equal(now.reward, [3.0, 1.0])
+    # The log of actions is one array, from which they come back to the bit.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = other.restore(env.state())
+    np.testing.assert_array_equal(again.obs, now.obs)
+    with pytest.raises(ValueError, match=r"action: expected the keys \['arm', 'box', 'tool'\]"):
+        env.step({"tool": action["tool"]})
+    with pytest.raises(ValueError, match=r"action/tool: expected 0 <= a < 3, got 3 for environ"):
+        env.step(pulled(3))
+    with pytest.raises(ValueError, match=r"action: expected a dict, got ndarray"):
+        env.step(np.zeros((2, 1), np.float32))
+
+
+def test_an_agent_of_dict_actions_is_trained_and_evaluated_on_the_host():
+    env = HostEnv(Levers, num_envs=2)
+    spec = env.spec
+
+    def uniform(hyper: Any) -> Agent:
+        def act(state, carry, obs, is_first, key, mode):
+            return spaces.sample(spec.action, key, is_first.shape), carry, {"latent": carry}
+
+        return linear_agent(spec)._replace(act=act)
+
+    *_, report = run_host(uniform, [env], DriverConfig(60, num_envs=2))
+    record = jax.tree.map(lambda x: np.asarray(x)[0], report.learner.ring.record)
+    assert record.action["box"]["gears"].shape == (2, 30, 2)
+    # An action is recorded with the observation it was taken at, and seen in the next one.
+    taken = ~record.is_last[:, :-1] & ~record.is_first[:, 1:]
+    assert taken.sum() > 20 and len(np.unique(record.action["tool"])) == 3
+    for seen, name in ((record.obs[:, 1:, 0] - 1, "tool"), (record.obs[:, 1:, 1:3], "arm")):
+        np.testing.assert_array_equal(seen[taken], record.action[name][:, :-1][taken])
+    args = report.learner.agent, [HostEnv(Levers, num_envs=2)], seed_keys((0,)), (0,), 4
+    returns = evaluate_host(uniform, *args)
+    assert returns.shape == (1, 4) and (returns >= 4.0).all() and (returns <= 12.0).all()

@@ -81,6 +81,8 @@ def test_action_spaces():
     np.testing.assert_array_equal(box.high, [0.4, 3.0])
     assert spec.action_space(spaces.Discrete(3, start=-1)) == Discrete(3)
     assert spec.action_space(spaces.MultiDiscrete([2, 5])) == MultiDiscrete((2, 5))
+    nested = spaces.Dict(a=spaces.Discrete(2), b=spaces.Dict(c=spaces.MultiDiscrete([2, 5])))
+    assert spec.action_space(nested) == {"a": Discrete(2), "b": {"c": MultiDiscrete((2, 5))}}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_action_spaces():
         (spaces.Box(-1.0, np.inf, (2,)), "high bound of a Box must be finite"),
         (spaces.Box(0, 5, (2,), np.int32), "Box of int32 is not supported"),
         (spaces.MultiBinary(3), "MultiBinary is not supported"),
-        (spaces.Dict(a=spaces.Discrete(2)), "Dict is not supported"),
+        (spaces.Dict(a=spaces.MultiBinary(2)), "action/a: MultiBinary is not supported"),
         (spaces.Tuple((spaces.Discrete(2),)), "Tuple is not supported"),
     ],
 )

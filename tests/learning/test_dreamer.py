@@ -49,8 +49,11 @@ def train(mdp: MDP, config: DreamerConfig, steps: int) -> tuple[Any, Any]:
     return factory, collections.deque(reports, maxlen=1).pop().learner.agent
 
 
-def test_learns_to_name_cues():
+@pytest.mark.parametrize("memory", [True, pytest.param(False, marks=pytest.mark.learning)])
+def test_learns_to_name_cues(memory):
+    # They can be named without memory, too: what the ablation fails at is lack of it.
     config = DreamerConfig(
+        memory=memory,
         batch_size=8, length=8, horizon=4, random_steps=64, train_ratio=0.5, capacity=2000,
         learning_rate=1e-3, warmup=20,
     )  # fmt: skip

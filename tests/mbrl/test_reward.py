@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, cast
 
 import jax
@@ -15,9 +16,10 @@ from mbrl import mdp as mdps
 from mbrl import spaces
 from mbrl.fitting import FitConfig, fit_members
 from mbrl.models.probabilistic import probabilistic_ensemble
-from mbrl.models.reward import RewardModel, RewardState, given_reward, reward_model
+from mbrl.models.reward import RewardModel, RewardState, given_reward, relabeled, reward_model
 from mbrl.planning import PlannerConfig, planner
-from mbrl.types import Array, EnvSpec, Network, Transition
+from mbrl.types import Array, Discrete, EnvSpec, Network, Transition
+from tests.mbrl.sequences import random_records
 
 SPEC = EnvSpec("toy", spaces.box(-np.inf, np.inf, (2,)), spaces.box(-2.0, 2.0, (1,)))
 NOISE = 0.5
@@ -286,6 +288,25 @@ def test_planning_through_a_model_with_a_learned_reward() -> None:
     spread = np.sqrt(np.square(own) + np.square(estimate.epistemic))
     cautious = mdps.penalized(mdp, coef).step(params, key, data.obs, data.action)[1]
     np.testing.assert_allclose(outcome.reward - cautious.reward, coef * spread, rtol=1e-2)
+
+
+def test_a_given_reward_replaces_those_of_sequences() -> None:
+    spec = EnvSpec("pair", SPEC.observation, {"arm": SPEC.action, "tool": Discrete(3)})
+    record = random_records(spec, (), (2, 5))
+    record.is_first[:] = [[0, 0, 0, 1, 0], [1, 0, 0, 0, 0]]
+
+    def reward(obs: Any, action: Any, next_obs: Any) -> Any:
+        return 10.0 * obs[:, 0] + action["arm"][:, 0] + action["tool"] - next_obs[:, 1]
+
+    found = relabeled(record, reward)
+    expected = np.zeros((2, 5))
+    for b, t in itertools.product(range(2), range(1, 5)):
+        if not record.is_first[b, t]:
+            parts = (x[b, t - 1] for x in (record.action["arm"], record.action["tool"]))
+            expected[b, t] = 10.0 * record.obs[b, t - 1, 0] - record.obs[b, t, 1]
+            expected[b, t] += sum(float(np.ravel(x)[0]) for x in parts)
+    np.testing.assert_allclose(found.reward, expected, rtol=1e-5, atol=1e-6)
+    assert found.obs is record.obs and found.action is record.action
 
 
 def test_plans_for_the_highest_given_reward() -> None:

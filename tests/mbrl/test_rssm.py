@@ -16,7 +16,8 @@ from gymnasium.utils.env_checker import check_env
 
 from envs.functional import mdp_to_env, mdp_to_func_env
 from mbrl import normalization, spaces
-from mbrl.mdp import optimistic, penalized, with_resets
+from mbrl.mdp import SplitParams, optimistic, penalized, with_resets, with_reward
+from mbrl.models.reward import reward_model
 from mbrl.models.rssm import RSSM, Latent, RSSMConfig, RSSMState, rssm, rssm_size
 from mbrl.models.rssm_networks import stochastic
 from mbrl.normalization import Moments
@@ -145,26 +146,49 @@ def test_the_first_latent_of_an_episode_is_that_of_a_fresh_start() -> None:
     assert not any(np.any(x) for x in fresh)
 
 
-def test_without_memory_every_record_is_seen_alone() -> None:
+def test_without_memory_a_latent_knows_its_own_record_and_one_step_before() -> None:
     it = case("push")
     model = rssm(PUSH, dataclasses.replace(GAUSSIAN, memory=False))
-    every = it.record._replace(is_first=jnp.ones_like(it.record.is_first))
-    valid = np.ones((B, T + 1), bool)
+    valid: Any = np.ones((B, T + 1), bool)
+    loss = jax.jit(jax.value_and_grad(
+        lambda weights, record: model.loss(it.state._replace(weights=weights), KEY, record, valid),
+        has_aux=True,
+    ))  # fmt: skip
 
     def alone(record: Any) -> Latent:
-        return model.loss(it.state, KEY, record, valid)[1].latent
+        return loss(it.state.weights, record)[0][1].latent
 
-    for one, two in zip(jax.jit(alone)(it.record), latents("push", every), strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
-    # Nor is there any while acting, whatever latent and action came before.
-    obs = it.record.obs[:, 1]
-    encode = jax.jit(lambda latent, action: model.encode(
+    before, t = alone(it.record), 3
+    for field in ("obs", "action"):
+        after = alone(edited(it.record, (slice(None), t), field))
+        kept = jax.tree.map(lambda a, b: (a == b).all(-1), before, after)
+        # The entry t - 1 is the record t: the action there is seen by the dynamics of the next.
+        moved = {"obs": [t - 1], "action": []}[field]
+        assert not kept.stoch[:, moved].any()
+        assert np.delete(kept.stoch, moved, 1).all(), field
+        assert not kept.deter[:, t].any() and np.delete(kept.deter, t, 1).all(), field
+    # Acting and imagining follow the same rule, whatever recurrent state they are given.
+    step = jax.jit(lambda latent, action: model.mdp.step(it.state, KEY, latent, action)[0].deter)
+    encode = jax.jit(lambda latent, obs, action: model.encode(
         it.state, KEY, latent, obs, action, jnp.zeros(B, bool)
     ))  # fmt: skip
-    empty = model.begin(B)
-    other = jax.tree.map(lambda x: x + 1.0, empty)
-    action = jnp.zeros((B, spaces.flat_size(PUSH.action)))
-    assert same(encode(other, action + 0.5), encode(empty, action)).all()
+    last = jax.tree.map(lambda x: x[:, t - 1], before)._replace(deter=jnp.full((B, 16), 9.0))
+    action = it.record.action[:, t]
+    encoded = spaces.encode_action(PUSH.action, action)
+    acted = encode(last, it.record.obs[:, t + 1], encoded)
+    for found in (step(last, action), acted.deter):
+        np.testing.assert_allclose(found, before.deter[:, t], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(
+        acted.stoch, encode(model.begin(B), it.record.obs[:, t + 1], -encoded).stoch
+    )
+    # The reward learns what the action does; nothing else than what reads memory stays untaught.
+    untaught = {
+        jax.tree_util.keystr(path)
+        for path, slope in jax.tree.leaves_with_path(loss(it.state.weights, it.record)[1])
+        if not np.any(slope)
+    }
+    readers = re.compile(r"\['(recurrent|state_in|from_deter)'\]")
+    assert untaught and all(map(readers.search, untaught)), untaught
 
 
 def sharp(state: RSSMState) -> RSSMState:
@@ -301,7 +325,8 @@ def test_a_step_arrives_with_its_reward_and_its_survival() -> None:
 
 def test_disagreement_is_in_units_of_reward_and_moves_imagined_rewards() -> None:
     run, latent, action = stepped()
-    state = case("push").state
+    it = case("push")
+    state = it.state
     _, outcome, _, shy, bold = run(state, latent, action)
     assert (outcome.uncertainty > 1e-3).all()
     np.testing.assert_allclose(shy.reward, outcome.reward - 3 * outcome.uncertainty, rtol=1e-4)
@@ -313,6 +338,43 @@ def test_disagreement_is_in_units_of_reward_and_moves_imagined_rewards() -> None
     one = jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), state.weights["ensemble"])
     agreed = state._replace(weights={**state.weights, "ensemble": one})
     np.testing.assert_array_equal(run(agreed, latent, action)[1].uncertainty, 0.0)
+
+    @jax.jit
+    @jax.grad
+    def slope(action: Any) -> Any:
+        outcome: Any = it.model.mdp.step(agreed, KEY, latent, action)[1]
+        return outcome.uncertainty.sum()
+
+    assert np.isfinite(slope(action)).all(), "planners would differentiate a square root at 0"
+    # Predicted rewards are in units of their deviation, 2, and are not lost among the latents.
+    last = one["Dense_2"]
+    bias = last["bias"].at[:, -1].add(jnp.array([-1.0, 1.0]))
+    apart = {**one, "Dense_2": {**last, "bias": bias}}
+    state = state._replace(weights={**state.weights, "ensemble": apart})
+    np.testing.assert_allclose(run(state, latent, action)[1].uncertainty, 2.0, rtol=1e-5)
+
+
+def test_a_learned_reward_replaces_that_of_the_model() -> None:
+    it = case("push")
+    judge = reward_model(PUSH, 2, (8,))
+    reward = judge.init(KEY)
+    mdp = with_reward(it.model.mdp, judge)
+    params = SplitParams(it.state, reward)
+    latent, action = it.model.begin(B), it.record.action[:, 2]
+
+    @jax.jit
+    def run() -> Any:
+        after, outcome = mdp.step(params, KEY, latent, action)
+        seen = (it.model.decode(it.state, x) for x in (latent, after))
+        own = it.model.mdp.step(it.state, KEY, latent, action)[1]
+        obs, next_obs = seen
+        return outcome, own, judge(reward, obs, action, next_obs)
+
+    outcome, own, (mean, spread) = run()
+    np.testing.assert_allclose(outcome.reward, mean, rtol=1e-4, atol=1e-6)
+    assert not np.isclose(outcome.reward, own.reward).any()
+    both = np.hypot(own.uncertainty, spread)
+    np.testing.assert_allclose(outcome.uncertainty, both, rtol=1e-4)
 
 
 def test_a_model_without_members_says_that_it_has_no_uncertainty() -> None:
