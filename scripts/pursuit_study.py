@@ -109,7 +109,8 @@ def main(argv: list[str]) -> int:
     chosen = [choose(config, root, seed) for seed in seeds]
     n = 2 ** np.arange(int(np.log2(config.pool)))
     written: dict[str, Any] = {
-        "config": dataclasses.asdict(config) | {"run": "runs/rlhf"}, "seeds": seeds,
+        "config": {x: getattr(config, x) for x in ("steps", "budget", "prompts", "pool")},
+        "seeds": seeds,
         "best_of_n": {"n": n.tolist(), "kl": np.asarray(best_of_n_kl(jnp.asarray(n))).tolist()},
         "ppo": {},
     }  # fmt: skip

@@ -95,7 +95,7 @@ TARGETS = {
     ),
     ("mbpo", "Pendulum-v1", 2_500): Target(-180.0),
     ("mbpo", "InvertedPendulum-v5", 3_000): Target(1_000.0, every_seed=True),
-    ("mbpo", "device/PendulumSparse", 5_000, *_CURIOUS): Target(100.0, every_seed=True),
+    ("mbpo", "device/PendulumSparse", 8_000, *_CURIOUS): Target(100.0, every_seed=True),
     ("sac", "Pendulum-v1", 20_000): Target(-160.0),
     ("ppo", "device/CartPole", 100_000, "--eval-env", "CartPole-v1"): Target(475.0),
     ("ppo", "device/Pendulum", 50_000, *_PENDULUM_LABELS): Target(-200.0, every_seed=True),
