@@ -1,9 +1,10 @@
-"""What Dreamer learns, and the one loss that all of it is trained by; see `agents.dreamer`."""
+"""Settings of Dreamer, what it learns, and the one loss that trains it; see `agents.dreamer`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,70 @@ from mbrl import normalization
 from mbrl.distributions import TwoHot
 from mbrl.imagination import imagine, imagined_targets, replay_targets
 from mbrl.losses.policy_gradient import reinforce_loss, two_hot_critic_loss
-from mbrl.models.rssm import RSSM, Latent, RSSMState, Statistics
+from mbrl.models.rssm import RSSM, Latent, RSSMState, Size, Statistics
 from mbrl.normalization import ReturnScale
+from mbrl.planning import PlannerConfig
 from mbrl.policies import Policy
 from mbrl.types import MDP, Array, EnvSpec, Key, Metrics, Network, Params, Record
 
-if TYPE_CHECKING:
-    from agents.dreamer import DreamerConfig
-
 stop = jax.lax.stop_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class DreamerConfig:
+    """Settings of Dreamer, the published values unless they say otherwise."""
+
+    size: Size = "1m"
+    """Number of parameters: 1m, 12m, 25m, 50m, 100m or 200m."""
+    normalize: bool = True
+    """Standardize vectors by their running moments (published: symlog alone)."""
+    memory: bool = True
+    """Carry a recurrent state; without, actor and critic see what the last observation tells, and
+    the world model predicts one step from that and the action."""
+    latent: Literal["discrete", "gaussian"] = "discrete"
+    """Kind of the stochastic latents."""
+    actor: Literal["policy", "planner"] = "policy"
+    """What acts: the learned policy, or a planner on the latent model (PlaNet), which is then all
+    that is learned."""
+    members: int = 0
+    """Networks that predict the next latent and reward again, for `penalty`; 0 = none."""
+    penalty: float = 0.0
+    """Imagined reward subtracted per standard deviation of model disagreement; < 0 is optimism.
+    Recorded rewards, which the critic learns from too, stay as they are."""
+    discount: float = 1.0 - 1.0 / 333.0
+    """Per step; folded into the target of the continue head."""
+    lambda_: float = 0.95
+    """Mixes returns of different lengths."""
+    horizon: int = 15
+    """Imagined steps."""
+    entropy: float = 3e-4
+    """Bonus per nat of the policy's entropy."""
+    replay_value: float = 0.3
+    """Weight of the critic's loss on real sequences."""
+    slow_rate: float = 0.02
+    """Share by which the slow critic follows the critic per update."""
+    free_nats: float = 1.0
+    """Divergence of posterior and prior per step that costs nothing."""
+    learning_rate: float = 4e-5
+    """Step size of LaProp."""
+    warmup: int = 1000
+    """Updates over which the step size rises to `learning_rate`."""
+    clip: float = 0.3
+    """Largest norm of a tensor's gradient relative to the tensor's own."""
+    batch_size: int = 16
+    """Sequences per update."""
+    length: int = 64
+    """Records per sequence."""
+    train_ratio: float = 1.0
+    """Updates per environment step: a whole number, or one over a whole number."""
+    random_steps: int = 1024
+    """Environment steps of uniform actions before the first update."""
+    capacity: int = 100_000
+    """Records kept in replay (published: 5 million)."""
+    dtype: str = "float32"
+    """Precision of the matrix products, float32 or bfloat16."""
+    planner: PlannerConfig = PlannerConfig(horizon=12)
+    """Model-predictive control, with `actor` planner."""
 
 
 class Weights(NamedTuple):
