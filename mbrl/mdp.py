@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl.types import MDP, Array, Key, Outcome, Params, State, TimeStep, reset_rows
+from mbrl.uncertainty import finite_sqrt
 
 
 class Trajectory(NamedTuple):
@@ -207,7 +208,7 @@ def with_reward(mdp: MDP, reward: RewardFn) -> MDP:
         mean, epistemic = reward(params.reward, obs, action, next_obs)
         uncertainty = outcome.uncertainty
         if uncertainty is not None:
-            uncertainty = jnp.sqrt(uncertainty**2 + epistemic**2)
+            uncertainty = finite_sqrt(uncertainty**2 + epistemic**2)
         return next_state, outcome._replace(reward=mean, uncertainty=uncertainty)
 
     def init(params: SplitParams, key: Key, obs: Any = None, batch: int = 1) -> State:

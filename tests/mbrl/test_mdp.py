@@ -82,6 +82,17 @@ def test_another_reward_takes_the_penalty_with_it_so_that_none_counts_twice():
         np.testing.assert_allclose(outcome.uncertainty, spread)
 
 
+def test_certainty_about_model_and_reward_has_a_finite_slope():
+    def reward(params, obs, action, next_obs):
+        return next_obs[:, 0], 0.0 * action
+
+    def uncertainty(action):
+        mdp = mdps.with_reward(counter(uncertainty=0.0), reward)
+        return mdp.step(mdps.SplitParams(None, None), KEY, STATE, action)[1].uncertainty.sum()
+
+    np.testing.assert_array_equal(jax.grad(uncertainty)(jnp.ones(2)), 0.0)
+
+
 def test_the_intrinsic_reward_is_the_uncertainty_alone():
     outcome = mdps.with_intrinsic_reward(counter()).step(None, KEY, STATE, ONE)[1]
     np.testing.assert_allclose(outcome.reward, 0.5)
