@@ -15,13 +15,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agents.dreamer_loss import DreamerConfig, DreamerState, Parts, Weights, total_loss
+from agents.dreamer_loss import (
+    DreamerConfig,
+    DreamerState,
+    LatentConfig,
+    Parts,
+    Weights,
+    total_loss,
+)
 from mbrl import normalization, optim, policies, replay, spaces
 from mbrl.distributions import TwoHot
 from mbrl.exploitation import sequence_exploitation
 from mbrl.mdp import SplitParams, penalized, with_reward
 from mbrl.models.reward import given_reward, relabeled
-from mbrl.models.rssm import NUM_BINS, Latent, recalled, rssm, rssm_size
+from mbrl.models.rssm import NUM_BINS, Latent, RSSMConfig, recalled, rssm, rssm_size
 from mbrl.networks.core import mlp
 from mbrl.planning import planner
 from mbrl.policies import Policy
@@ -50,8 +57,9 @@ class DreamerCarry(NamedTuple):
 def build(spec: EnvSpec, config: DreamerConfig, reward_fn: Any = None) -> Parts:
     """Build the parts; arguments as in `make_dreamer`."""
     shared = ("free_nats", "discount", "normalize", "members", "memory", "dtype")
-    size = rssm_size(config.size, **{name: getattr(config, name) for name in shared})
-    size = size if config.latent == "discrete" else dataclasses.replace(size, classes=0)
+    size = _latents(
+        rssm_size(config.size, **{name: getattr(config, name) for name in shared}), config.latent
+    )
     model = rssm(spec, size)
     mdp = model.mdp if reward_fn is None else with_reward(model.mdp, given_reward(reward_fn))
     mdp = penalized(mdp, config.penalty) if config.members else mdp
@@ -62,7 +70,7 @@ def build(spec: EnvSpec, config: DreamerConfig, reward_fn: Any = None) -> Parts:
 
     def seen(latent: Latent) -> Array:
         # Without memory, the recurrent state still tells the last observation and action.
-        return latent._replace(deter=recalled(latent.deter, config.memory)).feature
+        return model.feature(latent._replace(deter=recalled(latent.deter, config.memory)))
 
     policy_net, value_net = head(policies.num_outputs(spec.action), 0.01), head(NUM_BINS, 0.0)
     return Parts(
@@ -72,6 +80,14 @@ def build(spec: EnvSpec, config: DreamerConfig, reward_fn: Any = None) -> Parts:
         lambda params, latent: TwoHot(value_net.apply(params, seen(latent)), bins),
         policy_net, value_net,
     )  # fmt: skip
+
+
+def _latents(size: RSSMConfig, config: LatentConfig) -> RSSMConfig:
+    """Return a size with the latents asked for."""
+    classes = 0 if config.kind == "gaussian" else config.classes or size.classes
+    return dataclasses.replace(
+        size, stoch=config.variables or size.stoch, classes=classes, span=config.span
+    )
 
 
 def make_dreamer(
@@ -102,13 +118,13 @@ def make_dreamer(
     optimizer = optim.apply_if_finite_counted(
         optax.chain(
             optim.adaptive_gradient_clip(config.clip),
-            optim.laprop(config.learning_rate, warmup=config.warmup),
+            optim.laprop(config.learning_rate, beta2=config.beta2, warmup=config.warmup),
         )
     )
 
     def init(key: Key) -> DreamerState:
         model_key, policy_key, value_key = jax.random.split(key, 3)
-        world, feature = model.init(model_key), model.begin(1).feature
+        world, feature = model.init(model_key), model.feature(model.begin(1))
         value = parts.value_net.init(value_key, feature)
         weights = Weights(world.weights, parts.policy_net.init(policy_key, feature), value)
         slow, scale = jax.tree.map(jnp.copy, value), normalization.empty_return_scale()
@@ -176,9 +192,12 @@ def make_dreamer(
 
 
 def _check(config: DreamerConfig) -> None:
-    for name, choices in (("latent", ("discrete", "gaussian")), ("actor", ("policy", "planner"))):
-        if getattr(config, name) not in choices:
-            raise ValueError(f"{name}: got {getattr(config, name)!r}, expected one of {choices}")
+    for name, value, choices in (
+        ("latent.kind", config.latent.kind, ("discrete", "gaussian")),
+        ("actor", config.actor, ("policy", "planner")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}: got {value!r}, expected one of {choices}")
     for name, least in (("horizon", 1), ("batch_size", 1), ("length", 2), ("members", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")

@@ -24,6 +24,22 @@ stop = jax.lax.stop_gradient
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Settings of the latents, the published ones unless they say otherwise."""
+
+    kind: Literal["discrete", "gaussian"] = "discrete"
+    """Kind of the stochastic latents."""
+    variables: int = 0
+    """Number of stochastic latents, 0 = that of the size. Those that have nothing to tell are
+    noise, at every step."""
+    classes: int = 0
+    """Categories of each, 0 = that of the size."""
+    span: int = 0
+    """Steps that the recurrent state is to remember from the start, 0 = as published: about three,
+    until more has been learned. A state with a longer memory is read at unit scale."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DreamerConfig:
     """Settings of Dreamer, the published values unless they say otherwise."""
 
@@ -34,8 +50,8 @@ class DreamerConfig:
     memory: bool = True
     """Carry a recurrent state; without, actor and critic see what the last observation tells, and
     the world model predicts one step from that and the action."""
-    latent: Literal["discrete", "gaussian"] = "discrete"
-    """Kind of the stochastic latents."""
+    latent: LatentConfig = LatentConfig()
+    """Number and kind of the latents, and how long the recurrent ones remember."""
     actor: Literal["policy", "planner"] = "policy"
     """What acts: the learned policy, or a planner on the latent model (PlaNet), which is then all
     that is learned."""
@@ -62,6 +78,9 @@ class DreamerConfig:
     """Step size of LaProp."""
     warmup: int = 1000
     """Updates over which the step size rises to `learning_rate`."""
+    beta2: float = 0.999
+    """Decay of the squared gradients that steps are divided by: those of the first updates are
+    large, and shorten steps for some `1 / (1 - beta2)` updates more."""
     clip: float = 0.3
     """Largest norm of a tensor's gradient relative to the tensor's own."""
     batch_size: int = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,11 +59,6 @@ class Latent(NamedTuple):
     deter: Array
     stoch: Array
 
-    @property
-    def feature(self) -> Array:
-        """Return what heads, actor and critic see, [B, D + Z]."""
-        return jnp.concatenate([self.deter, self.stoch], -1)
-
 
 class Statistics(NamedTuple):
     """Running moments of the data.
@@ -114,6 +110,7 @@ class RSSM(NamedTuple):
         extras, `valid` [B, T + 1].
       standardize: `(statistics, record [B, T, ...], valid [B, T]) -> statistics` with these
         records added.
+      feature: `(latent) -> [B, D + Z]`, what heads, actor and critic see.
       reward: `(state, latent) -> [B]` mean reward on arrival.
       survival: `(state, latent) -> [B]` probability of going on from here.
       decode: `(state, latent) -> obs`, the likeliest observation.
@@ -126,6 +123,7 @@ class RSSM(NamedTuple):
     encode: Callable[[RSSMState, Key | None, Latent, Any, Array, Array], Latent]
     loss: Callable[[RSSMState, Key, Record, Array], tuple[Array, Learned]]
     standardize: Callable[[Statistics, Record, Array], Statistics]
+    feature: Callable[[Latent], Array]
     reward: Callable[[RSSMState, Latent], Array]
     survival: Callable[[RSSMState, Latent], Array]
     decode: Callable[[RSSMState, Latent], Any]
@@ -155,7 +153,7 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
     _check(spec, config)
     law = stochastic(config)
     nets = rssm_networks(spec, config, law)
-    bins = symexp_bins(NUM_BINS)
+    bins, seen = symexp_bins(NUM_BINS), partial(feature, config)
 
     def init(key: Key) -> RSSMState:
         obs = spaces.zeros(spec.observation, (1,))
@@ -177,12 +175,12 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
         return jax.tree.map(lambda x: x[:, 0], found)
 
     def reward(state: RSSMState, latent: Latent) -> Array:
-        return two_hot_mean(nets.reward(state.weights, latent.feature), bins)
+        return two_hot_mean(nets.reward(state.weights, seen(latent)), bins)
 
     def survival(state: RSSMState, latent: Latent) -> Array:
         # The head predicts survival times discount. The discount, a constant, is taken out
         # again: whoever imagines applies one, once.
-        share = jax.nn.sigmoid(nets.survival(state.weights, latent.feature)) / config.discount
+        share = jax.nn.sigmoid(nets.survival(state.weights, seen(latent))) / config.discount
         return jnp.minimum(share, 1.0)
 
     def decode(state: RSSMState, latent: Latent) -> Any:
@@ -204,7 +202,7 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
 
     def uncertainty(state: RSSMState, latent: Latent, action: Array) -> Array:
         """Return [B]: how far the members differ, in units of reward."""
-        spread = member_disagreement(nets.members(state.weights, latent.feature, action))
+        spread = member_disagreement(nets.members(state.weights, seen(latent), action))
         # One reward among many latents: a mean over all of them would hardly see it.
         square = jnp.square(spread[..., -1]) + jnp.mean(jnp.square(spread[..., :-1]), -1)
         return finite_sqrt(square) * state.statistics.rewards.std
@@ -235,7 +233,19 @@ def rssm(spec: EnvSpec, config: RSSMConfig) -> RSSM:
         return Latent(extras["deter"], law.unpack(extras["stoch"]))
 
     mdp = MDP(start, step, decode, spec)
-    return RSSM(init, begin, encode, loss, standardize, reward, survival, decode, pack, unpack, mdp)
+    return RSSM(
+        init, begin, encode, loss, standardize, seen, reward, survival, decode, pack, unpack, mdp
+    )  # fmt: skip
+
+
+def feature(config: RSSMConfig, latent: Latent) -> Array:
+    """Return what heads, actor and critic see of latents, [..., D + Z]."""
+    deter = latent.deter
+    if config.span:
+        # Beside samples, which are one-hot, nobody would notice what a slow state says.
+        square = jnp.mean(jnp.square(deter), -1, keepdims=True)
+        deter = deter * jax.lax.rsqrt(square + 1e-4)
+    return jnp.concatenate([deter, latent.stoch], -1)
 
 
 def recalled(deter: Array, memory: bool) -> Array:
@@ -315,18 +325,18 @@ def rssm_loss(
     prior = law.distribution(nets.prior(weights, latent.deter))
     divergence = balanced_kl(posterior, prior, config.free_nats)
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), latent)
-    seen = nets.decoder(weights, flat.deter, flat.stoch)
-    reward, bins = nets.reward(weights, latent.feature), symexp_bins(NUM_BINS)
+    drawn = nets.decoder(weights, flat.deter, flat.stoch)
+    seen, bins = feature(config, latent), symexp_bins(NUM_BINS)
     alive = config.discount * (1.0 - now.is_terminal)
     terms = {
-        "reconstruction": observation.reconstruction_nll(spec.observation, seen, target),
-        "reward": two_hot_nll(reward, now.reward, bins),
-        "survival": binary_nll(nets.survival(weights, latent.feature), alive),
+        "reconstruction": observation.reconstruction_nll(spec.observation, drawn, target),
+        "reward": two_hot_nll(nets.reward(weights, seen), now.reward, bins),
+        "survival": binary_nll(nets.survival(weights, seen), alive),
         "dynamics": divergence.dynamics,
         "representation": REPRESENTATION * divergence.representation,
     }
     if config.members:
-        error = _members_error(nets, state, latent, action[:, 1:], now)
+        error = _members_error(nets, state, latent, seen, action[:, 1:], now)
         # A pair counts where both of its records hold data.
         terms["ensemble"] = error * jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     means = {f"model/{k}": jnp.mean(mask * v.reshape(mask.shape)) for k, v in terms.items()}
@@ -338,11 +348,12 @@ def rssm_loss(
 
 
 def _members_error(
-    nets: RSSMNetworks, state: RSSMState, latent: Latent, action: Array, now: Record
+    nets: RSSMNetworks, state: RSSMState, latent: Latent, seen: Array, action: Array, now: Record
 ) -> Array:
     """Let every member predict the next latent and reward, [B, T]; nothing reaches the rest."""
-    latent, rewards = jax.lax.stop_gradient(latent), state.statistics.rewards
-    out = nets.members(state.weights, latent.feature, action)[:, :, :-1]
+    latent, seen = jax.lax.stop_gradient((latent, seen))
+    rewards = state.statistics.rewards
+    out = nets.members(state.weights, seen, action)[:, :, :-1]
     reward = (now.reward - rewards.mean) / rewards.std
     target = jnp.concatenate([latent.stoch, reward[..., None]], -1)[:, 1:]
     follows = ~now.is_last[:, :-1] & ~now.is_first[:, 1:]
@@ -357,6 +368,11 @@ def _check(spec: EnvSpec, config: RSSMConfig) -> None:
         )
     if config.dtype not in DOTS:
         raise ValueError(f"dtype: got {config.dtype!r}, expected one of {list(DOTS)}")
+    if config.span < 0 or config.stoch < 1:
+        raise ValueError(
+            f"span, stoch: got {config.span} and {config.stoch}, expected at least 0 steps to "
+            "remember and at least 1 latent"
+        )
     if not 0 <= config.classes <= 256 or config.classes == 1:
         raise ValueError(f"classes: got {config.classes}, expected 2 to 256, or 0 for Gaussian")
     for path, leaf in spaces.leaves(spec.action):

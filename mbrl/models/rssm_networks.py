@@ -52,6 +52,10 @@ class RSSMConfig:
     memory: bool = True
     """Carry a recurrent state; without, latents are inferred from their own observation alone, and
     predicted from the last of them and the action."""
+    span: int = 0
+    """Steps that the recurrent state is to remember from the start, 0 = as published: what it
+    holds fades within about three, until it has been learned that it matters. A state with a
+    longer memory moves little, and is read at unit scale."""
     dtype: str = "float32"
     """Of the matrix products, float32 or bfloat16."""
 
@@ -237,7 +241,7 @@ def rssm_networks(spec: EnvSpec, config: RSSMConfig, law: Stochastic) -> RSSMNet
 
     encoder = observation.Encoder(config.units, config.depth, config.dtype)
     tokens = jax.eval_shape(lambda k: encoder.init_with_output(k, example())[0], jax.random.key(0))
-    core = BlockGRU(config.deter, config.hidden, config.blocks, config.dtype)
+    core = BlockGRU(config.deter, config.hidden, config.blocks, config.dtype, config.span)
     posterior = Posterior(
         config.hidden, tokens.shape[-1], config.deter, law.num_outputs, config.dtype
     )

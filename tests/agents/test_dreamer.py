@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from agents.dreamer import DreamerConfig, DreamerState, make_dreamer
-from agents.dreamer_loss import total_loss
+from agents.dreamer_loss import LatentConfig, total_loss
 from mbrl import replay, spaces
 from mbrl.networks.core import num_params
 from mbrl.planning import PlannerConfig
@@ -360,7 +360,7 @@ def shapes_of(tree: Any) -> Any:
 
 
 def test_several_updates_per_call_with_traced_settings_refresh_several_batches() -> None:
-    base = dataclasses.replace(TINY, train_ratio=3.0, members=2, latent="gaussian")
+    base = dataclasses.replace(TINY, train_ratio=3.0, members=2, latent=LatentConfig("gaussian"))
     sampling = tiny_dreamer(RICH, base).sampling
     assert (sampling.every, sampling.updates, sampling.length) == (1, 3, 6)
     stored = {"deter": np.zeros((1, 16), np.float32), "stoch": np.zeros((1, 3), np.float32)}
@@ -532,7 +532,7 @@ def test_refuses_what_cannot_be(spec: EnvSpec, change: Any, message: str) -> Non
     ("change", "argument"),
     [
         ({"dtype": "float16"}, "dtype"),
-        ({"latent": "gausian"}, "latent"),
+        ({"latent": LatentConfig("gausian")}, r"latent.kind"),
         ({"actor": "polcy"}, "actor"),
         ({"horizon": 0}, "horizon"),
         ({"length": 1}, "length"),

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 
 from agents.dreamer import DreamerConfig, DreamerState, Parts, Weights, total_loss
+from agents.dreamer_loss import LatentConfig
 from mbrl.models.rssm import Statistics
 from mbrl.models.rssm_networks import stochastic
 from mbrl.normalization import Moments, ReturnScale
@@ -40,8 +41,8 @@ CONFIGS = {
     "rich": (
         RICH,
         dataclasses.replace(
-            TINY, horizon=H, length=T, entropy=0.05, latent="gaussian", members=2, penalty=0.5,
-            free_nats=8.0,
+            TINY, horizon=H, length=T, entropy=0.05, latent=LatentConfig("gaussian"), members=2,
+            penalty=0.5, free_nats=8.0,
         ),
     ),
 }  # fmt: skip
@@ -99,7 +100,9 @@ def heads_in_reach(weights: Weights) -> Weights:
 def case(name: str) -> Case:
     spec, config = CONFIGS[name]
     parts = tiny_parts(spec, config)
-    feature = jax.ShapeDtypeStruct((1, parts.model.begin(1).feature.shape[-1]), jnp.float32)
+    feature = jax.ShapeDtypeStruct(
+        (1, parts.model.feature(parts.model.begin(1)).shape[-1]), jnp.float32
+    )
     shapes = jax.eval_shape(parts.model.init, KEY)
     heads = [jax.eval_shape(net.init, KEY, feature) for net in (parts.policy_net, parts.value_net)]
     weights = heads_in_reach(plain.random_weights(Weights(shapes.weights, *heads), 1, gain=1.5))
