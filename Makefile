@@ -1,6 +1,6 @@
 # make demo      install into .venv, train PETS on Pendulum-v1, evaluate, draw the curve
 # make test      install what development needs, lint, type-check, run the fast tests
-# make lint | format | faults | slow | learning | bench | docs | clean
+# make lint | format | faults | slow | learning | bench | accelerator | docs | clean
 #
 # PYTHON=/path/to/python3.12 chooses the Python, VENV=folder the environment,
 # JOBS=4 the number of test processes.
@@ -25,7 +25,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: help demo test lint format faults slow learning bench docs clean
+.PHONY: help demo test lint format faults slow learning bench accelerator docs clean
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -67,6 +67,11 @@ learning: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/mbrl bench planning
+
+# What a GPU or TPU is measured by; jax for it has to be installed, see the README.
+accelerator: $(VENV)/.installed-dev
+	$(BIN)/mbrl bench rlhf --repeats 10 --parts full reward direct generate ppo --out runs/accelerator/rlhf.json
+	$(BIN)/mbrl bench dreamer --repeats 10 --parts 1m 12m image seeds --out runs/accelerator/dreamer.json
 
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/benchmarks_page.py

@@ -31,6 +31,10 @@ COUNTED = (
 CONFIG = family_config("gpt2", vocab=1024, layers=4, width=256, heads=4, max_length=128)
 
 
+FULL = family_config("gpt2", vocab=1024, layers=12, width=2048, heads=16, max_length=512)
+"""What fills an accelerator: 0.6 billion parameters."""
+
+
 class Sizes(NamedTuple):
     """How large the cases are, so that a test can shrink them."""
 
@@ -44,6 +48,9 @@ class Sizes(NamedTuple):
     members: int = 5
     prompts: int = 4
     answers: int = 9
+
+
+FULL_SIZES = Sizes((16_384, 4096), FULL, 16, 256, 256)
 
 
 def quick_sizes() -> Sizes:
@@ -67,7 +74,11 @@ def parts(quick: bool, repeats: int) -> dict[str, Callable[[], Any]]:
         "ppo": partial(ppo_case, sizes, repeats),
         "members": partial(members_case, sizes, repeats),
         "rankings": partial(rankings_case, sizes, repeats),
-    }
+    } | (
+        {"full": partial(full_case, sizes if quick else FULL_SIZES, repeats)}
+        if quick or jax.default_backend() != "cpu"
+        else {}
+    )
 
 
 def reward_case(sizes: Sizes, repeats: int) -> dict[str, Any]:
@@ -79,8 +90,21 @@ def _reward(sizes: Sizes, repeats: int, members: int) -> dict[str, Any]:
     stage = make_reward(transformer(sizes.config), RewardConfig(members=members))
     batch = answers(sizes, sizes.pairs, 2)
     return {"pairs": sizes.pairs, "tokens": batch.tokens.shape[-1], "members": members} | timed(
-        stage, RewardGiven(start(sizes)), batch, repeats, sizes.gemm
+        stage, RewardGiven(start(sizes)), batch, repeats, sizes.gemm, sizes.config.dtype
     )
+
+
+def full_case(sizes: Sizes, repeats: int) -> dict[str, Any]:
+    """Time a step of a reward model that fills an accelerator, in both precisions.
+
+    The GEMM beside it is of the same precision.
+    """
+    return {
+        dtype: _reward(
+            sizes._replace(config=dataclasses.replace(sizes.config, dtype=dtype)), repeats, 1
+        )
+        for dtype in ("float32", "bfloat16")
+    }
 
 
 def direct_case(sizes: Sizes, repeats: int) -> dict[str, Any]:
@@ -164,7 +188,12 @@ def rankings_case(sizes: Sizes, repeats: int) -> dict[str, Any]:
 
 
 def timed(
-    stage: Stage, given: Any, batch: Any, repeats: int, shape: tuple[int, int]
+    stage: Stage,
+    given: Any,
+    batch: Any,
+    repeats: int,
+    shape: tuple[int, int],
+    dtype: str = "float32",
 ) -> dict[str, float]:
     """Time the steps of a stage on one batch in turns with the GEMM."""
     state = jax.jit(stage.init)(jax.random.key(0), given)
@@ -177,7 +206,7 @@ def timed(
         state, metrics = step(state, given, batch, jax.random.key(i))
         return metrics
 
-    return {"gflop": flop / 1e9} | beside_gemm(learn, repeats, shape).rates(flop / 1e9)
+    return beside_gemm(learn, repeats, shape, dtype).rates(flop / 1e9)
 
 
 def start(sizes: Sizes) -> Any:

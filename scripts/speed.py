@@ -36,6 +36,8 @@ def speed(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     pinned = ""  # a figure of one core does not replace that of the machine
     if machine["cores"] != machine["all_cores"]:
         pinned = f", {machine['cores']} of {machine['all_cores']} cores"
+    if machine["accelerator"]:  # nor does one of an accelerator, and targets are a CPU's
+        pinned = f", {machine['accelerator']}"
     planning = {
         "planning": _planning, "preset": _preset, "batch": _batch, "epoch": _epoch,
         "seeds": _seeds, "peers": _peers,
@@ -53,12 +55,13 @@ def speed(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     rlhf = {
         "reward": _reward_step, "direct": _direct_step, "generate": _generation,
         "ppo": _ppo_iteration, "members": _members, "rankings": _rankings, "peers": _rlhf_peers,
+        "full": _full_step,
     }  # fmt: skip
     kinds = {"dreamer": dreamer, "muzero": muzero, "ppo": ppo, "mbpo": mbpo, "rlhf": rlhf}
     parts = kinds.get(measured["benchmark"], planning)
     rows = [
         {"task": task, "setting": setting + pinned, "metric": metric, "value": value,
-         "target": target}
+         "target": target if part == "full" or not machine["accelerator"] else None}
         for part, lines in parts.items()
         if part in measured
         for task, setting, metric, value, target in lines(measured[part])
@@ -249,6 +252,15 @@ def _step(task: str, setting: str, case: Mapping[str, Any], bound: str | None) -
 def _reward_step(case: Mapping[str, Any]) -> Iterable[Line]:
     setting = f"{case['pairs']} pairs x {case['tokens']} tokens"
     yield from _step("RLHF, step of the reward model", setting, case, "<= 0.45")
+
+
+def _full_step(cases: Mapping[str, Any]) -> Iterable[Line]:
+    for dtype, case in cases.items():
+        task = "RLHF, step of a reward model of 0.6 billion parameters"
+        setting = f"{case['pairs']} pairs x {case['tokens']} tokens, {dtype}"
+        yield task, setting, "seconds", case["median_seconds"], None
+        share = case["share_of_gemm"]
+        yield task, setting, f"share of the {dtype} GEMM rate", share, ">= 0.4"
 
 
 def _rlhf_peers(cases: Mapping[str, Any]) -> Iterable[Line]:

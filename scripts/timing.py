@@ -28,7 +28,7 @@ def warm_seconds(call: Callable[[int], Any], repeats: int) -> list[float]:
 
 
 class Timed(NamedTuple):
-    """Seconds of each repeat, and the f32 GEMM rate around it, in GFLOP/s."""
+    """Seconds of each repeat, and the GEMM rate around it, in GFLOP/s."""
 
     seconds: list[float]
     gemm: list[float]
@@ -47,16 +47,18 @@ class Timed(NamedTuple):
         }
 
 
-def beside_gemm(call: Callable[[int], Any], repeats: int, shape: tuple[int, int]) -> Timed:
+def beside_gemm(
+    call: Callable[[int], Any], repeats: int, shape: tuple[int, int], dtype: str = "float32"
+) -> Timed:
     """Time `call(i)` in turns with the product that stands for what the machine can do.
 
     A shared machine changes its speed within seconds; a rate from before or after the
     whole measurement says little about the time between.
     """
-    around, seconds = [gemm_rate(shape)], []
+    around, seconds = [gemm_rate(shape, dtype=dtype)], []
     for i in range(repeats):
         seconds += warm_seconds(lambda _, i=i: call(i), 1)
-        around.append(gemm_rate(shape))
+        around.append(gemm_rate(shape, dtype=dtype))
     return Timed(seconds, [statistics.mean(pair) for pair in itertools.pairwise(around)])
 
 
@@ -87,11 +89,14 @@ def beside_updates(
     return beside_gemm(learn, repeats, shape), flop, state
 
 
-def gemm_rate(shape: tuple[int, int], repeats: int = 20) -> float:
-    """Return the GFLOP/s of one f32 product [rows, width] @ [width, width], warm."""
+def gemm_rate(shape: tuple[int, int], repeats: int = 20, dtype: str = "float32") -> float:
+    """Return the GFLOP/s of one product [rows, width] @ [width, width] of `dtype`, warm."""
     rows, width = shape
     x_key, w_key = jax.random.split(jax.random.key(0))
-    x, w = jax.random.normal(x_key, (rows, width)), jax.random.normal(w_key, (width, width))
+    x, w = (
+        jax.random.normal(key, (size, width), dtype)
+        for key, size in ((x_key, rows), (w_key, width))
+    )
     _product(x, w).block_until_ready()
     seconds = statistics.median(warm_seconds(lambda i: _product(x, w), repeats))
     return 2e-9 * rows * width * width / seconds
