@@ -144,7 +144,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("dreamer", "Acrobot-v1"): _SMALL,
     ("dreamer", "dm_control/cartpole-balance-v0"): _SMALL | _LONG,
     ("dreamer", "device/Catch"): _SPARSE,
-    ("dreamer", "device/PixelCatch"): _SPARSE,
+    ("dreamer", "device/PixelCatch"): _SPARSE | _LONG,
     ("dreamer", "device/PixelGridWorld"): _SPARSE,
     ("dreamer", "device/MemoryChain"): _REMEMBER,
     ("muzero", "CartPole-v1"): _BALANCE,

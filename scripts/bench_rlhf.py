@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
     answers: int = 9
 
 
-FULL_SIZES = Sizes((16_384, 4096), FULL, 16, 256, 256)
+FULL_SIZES = Sizes((8192, 4096), FULL, 8, 256, 256)
 
 
 def quick_sizes() -> Sizes:

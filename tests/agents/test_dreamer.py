@@ -13,7 +13,7 @@ import pytest
 
 from agents.dreamer import DreamerConfig, DreamerState, make_dreamer
 from agents.dreamer_loss import LatentConfig, total_loss
-from mbrl import replay, spaces
+from mbrl import optim, replay, spaces
 from mbrl.networks.core import num_params
 from mbrl.planning import PlannerConfig
 from mbrl.replay import Ring
@@ -56,6 +56,33 @@ def test_sizes_have_the_published_number_of_parameters(size: Any, obs: Any, numb
     # World model, policy and value; the slow critic is a copy.
     assert num_params(state.weights) == number
     assert num_params(state.slow_value) == num_params(state.weights.value)
+
+
+def test_number_kind_and_span_of_the_latents_are_those_asked_for() -> None:
+    published = make_dreamer(SIMPLE, DreamerConfig()).begin(1).latent
+    assert (published.deter.shape, published.stoch.shape) == ((1, 512), (1, 32 * 4))
+    few = DreamerConfig(latent=LatentConfig(variables=2, classes=8, span=64))
+    agent = make_dreamer(SIMPLE, few)
+    assert agent.begin(1).latent.stoch.shape == (1, 16)
+    bias: Any = jax.jit(agent.init)(KEY).weights.model["core"]["gates_bias"]
+    assert np.all(bias[2] <= 1.0) and np.min(bias[2]) < -2.0
+    gaussian = make_dreamer(SIMPLE, DreamerConfig(latent=LatentConfig("gaussian", 3, 8)))
+    assert gaussian.begin(1).latent.stoch.shape == (1, 3)
+
+
+def test_squared_gradients_are_remembered_for_as_long_as_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, laprop = [], optim.laprop
+
+    def seen(*args: Any, beta2: float, **rest: Any) -> Any:
+        asked.append(beta2)
+        return laprop(*args, beta2=beta2, **rest)
+
+    monkeypatch.setattr(optim, "laprop", seen)
+    for config in (DreamerConfig(), DreamerConfig(beta2=0.95)):
+        make_dreamer(SIMPLE, config)
+    assert asked == [0.999, 0.95]
 
 
 def test_imagination_has_the_published_horizon() -> None:
@@ -367,7 +394,7 @@ def test_several_updates_per_call_with_traced_settings_refresh_several_batches()
     record = random_records(RICH, stored, (3, 2, 6))
     valid: Any = np.ones((3, 2, 6), bool)
     names = ("discount", "lambda_", "entropy", "replay_value", "slow_rate", "free_nats",
-             "learning_rate", "clip", "penalty")  # fmt: skip
+             "learning_rate", "beta2", "clip", "penalty")  # fmt: skip
     hyper = {name: jnp.float32(getattr(base, name) + 0.1) for name in names}
 
     def run(hyper: Any) -> Any:

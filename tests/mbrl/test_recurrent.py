@@ -75,6 +75,22 @@ def test_the_cell_remembers_at_first() -> None:
     np.testing.assert_allclose(kept, (1.0 - plain.sigmoid(-1.0)) * h, rtol=1e-5)
 
 
+def test_the_cell_remembers_for_the_span_asked_for() -> None:
+    cell = BlockGRU(1024, 8, 2, span=64)
+    init = nn.init(lambda m, h, z, a: m(h, z, m.drive(a)), cell)
+    inputs = jnp.zeros((1, 1024)), jnp.zeros((1, 5)), jnp.zeros((1, 3))
+    params = jax.jit(init)(KEY, *inputs)["params"]
+    assert not np.any(params["gates_bias"][:2]), "reset and candidate begin as published"
+    # All but the biases zero: a candidate of 0, and gates that are the biases alone.
+    bare = jax.tree.map(jnp.zeros_like, params) | {"gates_bias": params["gates_bias"]}
+    h = np.ones((2, 1024), np.float32)
+    kept = np.asarray(jax.jit(_step(cell))(bare, h, np.ones((2, 5)), np.ones((2, 3))))
+    # A unit that keeps T / (1 + T) of itself remembers for T steps, T uniform from 1 to 64.
+    steps = kept / (1.0 - kept)
+    assert steps.min() >= 0.99 and steps.max() <= 64.1
+    np.testing.assert_allclose(np.quantile(steps[0], [0.25, 0.5, 0.75]), [17, 33, 48], atol=4)
+
+
 # The product has one form for few rows and another one for many.
 @pytest.mark.parametrize("rows", [1, 7, 3000])
 @pytest.mark.parametrize("parts", [1, 3])

@@ -558,6 +558,8 @@ def test_published_sizes() -> None:
     [
         ({"deter": 15}, r"deter: got 15, expected a multiple of blocks = 2"),
         ({"classes": 1}, r"classes: got 1, expected 2 to 256, or 0"),
+        ({"span": -1}, r"span, stoch: got -1 and 3"),
+        ({"stoch": -2}, r"span, stoch: got 0 and -2"),
         ({"classes": 300}, r"classes: got 300"),
         ({"dtype": "float16"}, r"dtype: got 'float16', expected one of"),
     ],
@@ -573,6 +575,30 @@ def test_refuses_what_it_cannot_act_in_and_sizes_it_does_not_know() -> None:
         rssm(endless, TINY)
     with pytest.raises(ValueError, match=r"size: got 'huge', expected one of \['1m', '12m'"):
         rssm_size("huge")  # pyright: ignore
+
+
+def test_a_state_with_a_long_memory_is_read_at_unit_scale() -> None:
+    spec = EnvSpec("few", spaces.box(-np.inf, np.inf, (3,)), Discrete(2))
+    rng = np.random.default_rng(0)
+    latent = Latent(jnp.asarray(0.1 * rng.normal(size=(5, 16))), jnp.ones((5, 12)))
+    for span, scale in ((0, 0.1), (8, 1.0)):
+        model = rssm(spec, dataclasses.replace(TINY, span=span))
+        seen = np.asarray(model.feature(latent))
+        np.testing.assert_array_equal(seen[:, 16:], 1.0)
+        size = np.sqrt(np.square(seen[:, :16]).mean(-1))
+        np.testing.assert_allclose(size, scale, rtol=0.5 if span == 0 else 0.02)
+        np.testing.assert_allclose(seen[:, :16] / size[:, None], _unit(latent.deter), rtol=1e-5)
+        # Rewards are read from it, and one as small gives the same.
+        state = jax.jit(model.init)(KEY)
+        weights = plain.random_weights(jax.eval_shape(lambda: state.weights), 3)
+        state = state._replace(weights=weights)
+        rewards = [model.reward(state, Latent(k * latent.deter, latent.stoch)) for k in (1, 3)]
+        assert np.allclose(*rewards, rtol=0.05, atol=1e-3) == bool(span)
+    assert not np.any(model.feature(model.begin(2))), "nothing is known at first"
+
+
+def _unit(x: Any) -> Any:
+    return np.asarray(x / np.sqrt(np.square(x).mean(-1, keepdims=True)))
 
 
 def test_no_data_normalizes_nothing() -> None:
