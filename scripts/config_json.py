@@ -31,7 +31,10 @@ def from_json(kind: Any, value: Any) -> Any:
         names = {f.name for f in dataclasses.fields(kind)}
         if set(value) != names:
             odd = sorted(set(value) ^ names)
-            raise ValueError(f"{kind.__name__}: fields {odd} are missing or unknown")
+            raise ValueError(
+                f"{kind.__name__}: fields {odd} are missing or unknown, as in runs of another version; "
+                "the commit that made a run is in its config.json"
+            )
         return kind(**{name: from_json(hints[name], value[name]) for name in names})
     if isinstance(value, list):
         return tuple(value)

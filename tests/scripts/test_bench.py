@@ -152,6 +152,22 @@ def test_rankings_are_measured_beside_their_pairs(tmp_path: Path) -> None:
     assert "rankings of 3 answers" in benchmarks_page.render(benchmarks_page.load(out.parent))
 
 
+def test_a_figure_of_an_accelerator_stands_beside_that_of_the_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "rlhf.json"
+    argv = ["rlhf", "--quick", "--repeats", "2", "--parts", "full", "reward", "--out", str(file)]
+    assert bench.main(argv) == 0
+    found = json.loads(file.read_text("utf-8")) | {"quick": False}
+    assert all(case["share_of_gemm"] > 0 for case in found["full"].values())
+    here = results.speed(found)
+    there = results.speed(found | {"hardware": found["hardware"] | {"accelerator": "A chip"}})
+    assert len(here) == len(there) == 2 + 2 * 3
+    assert all(row["setting"].endswith(", A chip") for row in there)
+    # What a CPU is to reach is no target elsewhere; what fills an accelerator has one there.
+    targets = {row["metric"] for row in there if row["target"]}
+    assert targets == {f"share of the {kind} GEMM rate" for kind in ("float32", "bfloat16")}
+    assert "<= 0.45" in {row["target"] for row in here}
+
+
 @pytest.mark.slow
 def test_every_step_of_rlhf_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "rlhf.json"
