@@ -198,6 +198,11 @@ def _check(config: DreamerConfig) -> None:
     ):
         if value not in choices:
             raise ValueError(f"{name}: got {value!r}, expected one of {choices}")
+    if config.latent.kind == "gaussian" and config.latent.classes:
+        raise ValueError(
+            f"latent.classes: got {config.latent.classes} with latent.kind gaussian, expected 0: "
+            "only discrete latents have categories"
+        )
     for name, least in (("horizon", 1), ("batch_size", 1), ("length", 2), ("members", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")

@@ -32,8 +32,8 @@ def from_json(kind: Any, value: Any) -> Any:
         if set(value) != names:
             odd = sorted(set(value) ^ names)
             raise ValueError(
-                f"{kind.__name__}: fields {odd} are missing or unknown, as in runs of another version; "
-                "the commit that made a run is in its config.json"
+                f"{kind.__name__}: fields {odd} are missing or unknown, as in runs of another "
+                "version; the commit that made a run is in its config.json"
             )
         return kind(**{name: from_json(hints[name], value[name]) for name in names})
     if isinstance(value, list):

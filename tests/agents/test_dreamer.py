@@ -66,7 +66,7 @@ def test_number_kind_and_span_of_the_latents_are_those_asked_for() -> None:
     assert agent.begin(1).latent.stoch.shape == (1, 16)
     bias: Any = jax.jit(agent.init)(KEY).weights.model["core"]["gates_bias"]
     assert np.all(bias[2] <= 1.0) and np.min(bias[2]) < -2.0
-    gaussian = make_dreamer(SIMPLE, DreamerConfig(latent=LatentConfig("gaussian", 3, 8)))
+    gaussian = make_dreamer(SIMPLE, DreamerConfig(latent=LatentConfig("gaussian", 3)))
     assert gaussian.begin(1).latent.stoch.shape == (1, 3)
 
 
@@ -560,6 +560,7 @@ def test_refuses_what_cannot_be(spec: EnvSpec, change: Any, message: str) -> Non
     [
         ({"dtype": "float16"}, "dtype"),
         ({"latent": LatentConfig("gausian")}, r"latent.kind"),
+        ({"latent": LatentConfig("gaussian", classes=4)}, r"latent.classes"),
         ({"actor": "polcy"}, "actor"),
         ({"horizon": 0}, "horizon"),
         ({"length": 1}, "length"),
