@@ -1,4 +1,4 @@
-"""Dreamer learns: naming cues in seconds by default, CartPole to a threshold with `-m learning`."""
+"""Dreamer learns: naming cues in seconds by default; CartPole and memory with `-m learning`."""
 
 from __future__ import annotations
 
@@ -68,3 +68,10 @@ def test_the_pole_is_balanced_within_ten_thousand_steps():
     mdp: Any = envs.make("device/CartPole")
     factory, agent = train(mdp, preset("dreamer", "device/CartPole"), 10_000)
     assert evaluate_device(factory, agent, mdp, seed_keys((1,)), 20).mean() >= 475.0
+
+
+@pytest.mark.learning
+def test_a_cue_is_named_ten_steps_later():
+    mdp: Any = envs.make("device/MemoryChain")
+    factory, agent = train(mdp, preset("dreamer", "device/MemoryChain"), 5_000)
+    assert evaluate_device(factory, agent, mdp, seed_keys((1,)), 20).mean() >= 0.9
