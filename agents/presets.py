@@ -41,8 +41,8 @@ _REMEMBER = _SPARSE | {
     "latent": {"variables": 1, "classes": 8, "span": 64},
 }  # fmt: skip
 """A bit that is worth something much later: a state that keeps it before anybody knows, few latents
-that draw noise, steps that the first gradients do not shorten, and no values of replayed states, whose
-noise trains the model at every record where the reward does at one of twelve."""
+that draw noise, steps that the first gradients do not shorten, and no values of replayed states,
+which train the model on chance at every record, where the reward does so at one of twelve."""
 
 _AGING = {"td_age": 25, "target_rate": 0.02}
 """Returns of 40 rewards are those of whoever acted: what a beginner got says little soon, but where
