@@ -39,7 +39,7 @@ class BenchConfig:
     parts: tuple[str, ...] = ()
     """What to measure: planning, preset, batch, epoch, seeds; or 1m, 12m, image, start,
     seeds; or search, reanalysis, train, update; or train, seeds; or epoch, imagine, update; or
-    reward, direct, generate, ppo, members, rankings; all when empty."""
+    reward, direct, generate, ppo, members, rankings, and full on an accelerator; all when empty."""
     out: str = ""
     """File for the JSON; standard output when empty."""
     quick: bool = False
