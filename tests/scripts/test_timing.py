@@ -22,13 +22,13 @@ def test_the_gemm_is_measured_before_and_after_each_call(monkeypatch: pytest.Mon
     order: list[str] = []
     rates = iter([1.0, 3.0, 5.0])
 
-    def gemm_rate(shape: tuple[int, int]) -> float:
-        order.append(f"gemm {shape}")
+    def gemm_rate(shape: tuple[int, int], dtype: str) -> float:
+        order.append(f"gemm {shape} {dtype}")
         return next(rates)
 
     monkeypatch.setattr(timing, "gemm_rate", gemm_rate)
-    timed = timing.beside_gemm(lambda i: order.append(f"call {i}"), 2, (8, 4))
-    gemm = "gemm (8, 4)"
+    timed = timing.beside_gemm(lambda i: order.append(f"call {i}"), 2, (8, 4), "bfloat16")
+    gemm = "gemm (8, 4) bfloat16"
     assert order == [gemm, "call 0", gemm, "call 1", gemm]
     assert timed.gemm == [2.0, 4.0]
     assert len(timed.seconds) == 2
